@@ -1,0 +1,317 @@
+"""Networks for L-infinity adversarial training, and their weights.
+
+    build_model('preactresnet18', num_classes=10)   a new network
+    load_model('best.pt')                           a trained one: this project's file or anyone's
+
+All networks take images in [0, 1] and return logits. Parameter names are those of the official TRADES, MART,
+GAIRAT and AWP repositories and of RobustBench, so weights travel both ways.
+"""
+import contextlib
+import os
+import pickle
+import re
+import zipfile
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ARCHS = ('preactresnet18', 'resnet18', 'wideresnet28-10', 'wideresnet34-10', 'smallcnn')
+NORMALIZATIONS = {'cifar10': ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+                  'cifar100': ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
+
+
+class Network(nn.Module):
+    """What all networks share: `features(x)` gives the penultimate features (B, D), `forward(x)` the logits (B, K).
+
+    With `amp = True` the network alone runs in bfloat16; its logits are float32 again, so softmax, entropy and
+    losses are. The autocast context is opened anew in each forward: its cache of bfloat16 weights would hide
+    weights that changed in between.
+    """
+    amp = False
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
+            logits = self.classify(self.features(x))
+        return logits.float() if self.amp else logits
+
+    def features(self, x):
+        """Penultimate features (B, D) of images x (B, C, H, W) in [0, 1]."""
+        if hasattr(self, 'mean'):
+            x = (x - self.mean) / self.std
+        return self.embed(x)
+
+    def set_normalization(self, mean, std):
+        """Put the training-time normalization (x - mean) / std inside the network; it is not part of state_dict."""
+        for name, values in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+
+def conv3x3(in_planes, planes, stride=1):
+    return nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(in_planes, planes, stride), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv3x3(planes, planes), nn.BatchNorm2d(planes)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation block; the shortcut convolution takes the activated input (RobustBench's PreActBlockV2)."""
+
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_planes), conv3x3(in_planes, planes, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(planes), conv3x3(planes, planes)
+        self.shortcut = None
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+class WideBlock(nn.Module):
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_planes), conv3x3(in_planes, planes, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(planes), conv3x3(planes, planes)
+        self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+def stack(block, in_planes, planes, num_blocks, stride):
+    return nn.Sequential(*(block(planes if i else in_planes, planes, 1 if i else stride) for i in range(num_blocks)))
+
+
+class ResNet18(Network):
+    def __init__(self, num_classes=10, in_channels=3):
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(in_channels, 64), nn.BatchNorm2d(64)
+        self.layer1, self.layer2 = stack(BasicBlock, 64, 64, 2, 1), stack(BasicBlock, 64, 128, 2, 2)
+        self.layer3, self.layer4 = stack(BasicBlock, 128, 256, 2, 2), stack(BasicBlock, 256, 512, 2, 2)
+        self.linear = nn.Linear(512, num_classes)
+
+    def embed(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(out)))).mean((2, 3))
+
+    def classify(self, features):
+        return self.linear(features)
+
+
+class PreActResNet18(Network):
+    """final_bn=False leaves out the BN and ReLU before pooling, as early repositories do."""
+
+    def __init__(self, num_classes=10, in_channels=3, final_bn=True):
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, 64)
+        self.layer1, self.layer2 = stack(PreActBlock, 64, 64, 2, 1), stack(PreActBlock, 64, 128, 2, 2)
+        self.layer3, self.layer4 = stack(PreActBlock, 128, 256, 2, 2), stack(PreActBlock, 256, 512, 2, 2)
+        self.bn = nn.BatchNorm2d(512) if final_bn else None
+        self.linear = nn.Linear(512, num_classes)
+
+    def embed(self, x):
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        return (F.relu(self.bn(out)) if self.bn is not None else out).mean((2, 3))
+
+    def classify(self, features):
+        return self.linear(features)
+
+
+class WideResNet(Network):
+    def __init__(self, depth=34, widen_factor=10, num_classes=10, in_channels=3):
+        super().__init__()
+        n, planes = (depth - 4) // 6, [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
+        self.conv1 = conv3x3(in_channels, 16)
+        for i in (1, 2, 3):
+            block = nn.Module()  # the official names have a level more: block1.layer.0.conv1
+            block.layer = stack(WideBlock, planes[i - 1], planes[i], n, 1 if i == 1 else 2)
+            self.add_module(f'block{i}', block)
+        self.bn1, self.fc = nn.BatchNorm2d(planes[3]), nn.Linear(planes[3], num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+        nn.init.zeros_(self.fc.bias)
+
+    def embed(self, x):
+        out = self.block3.layer(self.block2.layer(self.block1.layer(self.conv1(x))))
+        return F.relu(self.bn1(out)).mean((2, 3))
+
+    def classify(self, features):
+        return self.fc(features)
+
+
+class SmallCNN(Network):
+    """The MNIST network of TRADES, for 28 x 28 images, with its own initialisation, without which it hardly learns."""
+
+    def __init__(self, num_classes=10, in_channels=1, dropout=0.5):
+        super().__init__()
+        conv, relu, pool = nn.Conv2d, nn.ReLU, nn.MaxPool2d
+        self.feature_extractor, self.classifier = nn.Sequential(), nn.Sequential()
+        for name, layer in (('conv1', conv(in_channels, 32, 3)), ('relu1', relu()), ('conv2', conv(32, 32, 3)),
+                            ('relu2', relu()), ('maxpool1', pool(2)), ('conv3', conv(32, 64, 3)), ('relu3', relu()),
+                            ('conv4', conv(64, 64, 3)), ('relu4', relu()), ('maxpool2', pool(2))):
+            self.feature_extractor.add_module(name, layer)
+        for name, layer in (('fc1', nn.Linear(64 * 4 * 4, 200)), ('relu1', relu()), ('drop', nn.Dropout(dropout)),
+                            ('fc2', nn.Linear(200, 200)), ('relu2', relu()), ('fc3', nn.Linear(200, num_classes))):
+            self.classifier.add_module(name, layer)
+        for m in self.feature_extractor:
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.zeros_(self.classifier.fc3.weight)
+        nn.init.zeros_(self.classifier.fc3.bias)
+
+    def embed(self, x):
+        return self.classifier[:-1](self.feature_extractor(x).flatten(1))
+
+    def classify(self, features):
+        return self.classifier.fc3(features)
+
+
+def build_model(arch, num_classes=10, in_channels=None, final_bn=True):
+    """A new network of type Network. arch: one of ARCHS, or wideresnet<depth>-<width> in general.
+
+    in_channels: 1 or 3; default 1 for smallcnn and 3 otherwise. Raises ValueError for an arch it does not know.
+    """
+    in_channels = in_channels or (1 if arch == 'smallcnn' else 3)
+    if arch == 'preactresnet18':
+        return PreActResNet18(num_classes, in_channels, final_bn)
+    if arch in ('resnet18', 'smallcnn'):
+        return {'resnet18': ResNet18, 'smallcnn': SmallCNN}[arch](num_classes, in_channels)
+    wide = re.fullmatch(r'wideresnet(\d+)-(\d+)', arch)
+    if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) > 0:
+        return WideResNet(int(wide[1]), int(wide[2]), num_classes, in_channels)
+    raise ValueError(f"unknown arch '{arch}' (choose from {', '.join(ARCHS)})")
+
+
+# ---------------------------------------------------------------- files of weights
+
+def save_checkpoint(content, path):
+    """Write the dict `content` so that a crash at any moment leaves the old file or the new one, whole."""
+    partial = f'{path}.tmp'
+    with open(partial, 'wb') as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def read_checkpoint(path):
+    """The content of a file written by torch.save, on the CPU, without running any code that it may hold.
+
+    Raises FileNotFoundError, or ValueError with one line that names the file: not a checkpoint, cut off, or a
+    pickle that asks for anything but tensors and plain containers.
+    """
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(f'{path}: no such file') from None
+    except pickle.UnpicklingError as error:
+        code = re.search(r'GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)', str(error))
+        if code:
+            raise ValueError(f'{path}: refused, its pickle would run code ({code[1] or code[2]})') from None
+        raise ValueError(f'{path}: not a checkpoint') from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError,
+            UnicodeDecodeError, zipfile.BadZipFile) as error:
+        reason = 'cut off or damaged' if 'zip' in str(error) or 'central directory' in str(error) else 'not a checkpoint'
+        raise ValueError(f'{path}: {reason}') from None
+
+
+def find_state_dict(content):
+    """The weights in a checkpoint, {name: tensor}, with the wrappers' prefixes taken off; ValueError if none."""
+    while isinstance(content, dict):
+        if content and all(isinstance(v, torch.Tensor) for v in content.values()):
+            break
+        keys = ('ema_state_dict', 'state_dict', 'model_state_dict', 'net', 'model')
+        content = next((content[k] for k in keys if content.get(k) is not None), None)
+    if content is None or not isinstance(content, dict):
+        raise ValueError('holds no state_dict')
+    # n_averaged: torch's AveragedModel counts in it; sub_block1: never used by TRADES' and MART's WideResNet
+    state = {k: v for k, v in content.items() if k != 'n_averaged'}
+    prefixes = ('module.0.', 'module.', 'model.', '_orig_mod.')
+    while prefix := next((p for p in prefixes if all(k.startswith(p) for k in state)), None):
+        state = {k[len(prefix):]: v for k, v in state.items()}
+    return {k: v for k, v in state.items() if not k.startswith('sub_block1.')}
+
+
+def infer_arch(state):
+    """(arch, num_classes, in_channels, final_bn) from the names and shapes of a state_dict; ValueError if unknown."""
+    head = next((k for k in ('linear.weight', 'fc.weight', 'classifier.fc3.weight') if k in state), None)
+    first = next((k for k in ('conv1.weight', 'feature_extractor.conv1.weight') if k in state), None)
+    if head is None or first is None:
+        raise ValueError(f"names of no known network ({', '.join(sorted(state)[:3])}, ...)")
+    blocks = [k for k in state if re.fullmatch(r'block1\.layer\.\d+\.conv1\.weight', k)]
+    if blocks:
+        arch = f'wideresnet{6 * len(blocks) + 4}-{state[blocks[0]].shape[0] // 16}'
+    elif head == 'classifier.fc3.weight':
+        arch = 'smallcnn'
+    else:
+        arch = 'resnet18' if 'bn1.weight' in state else 'preactresnet18'
+    return arch, state[head].shape[0], state[first].shape[1], 'bn.weight' in state
+
+
+def parse_normalization(text):
+    """'none', 'cifar10', 'cifar100' or 'MEAN/STD' (each one number or one a channel, by commas) -> None or (mean, std)."""
+    if text in (None, 'none'):
+        return None
+    if text in NORMALIZATIONS:
+        return NORMALIZATIONS[text]
+    try:
+        mean, std = ([float(v) for v in part.split(',')] for part in text.split('/'))
+        if len(mean) in (1, 3) and len(std) in (1, 3) and min(std) > 0:
+            return mean, std
+    except ValueError:
+        pass
+    raise ValueError(f"normalize '{text}' is not none, cifar10, cifar100 or MEAN/STD such as 0.5,0.5,0.5/0.25,0.25,0.25")
+
+
+def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
+    """A trained Network in eval mode, from this project's checkpoints or anyone's.
+
+    path: a bare state_dict, or one under 'ema_state_dict', 'state_dict', 'model_state_dict', 'net' or 'model', with the
+    prefixes module., model., _orig_mod. and module.0. in any nesting. arch, num_classes: checked against the
+    file, and read off the shapes where None. normalize: see parse_normalization. Loading is strict.
+    Raises FileNotFoundError or ValueError with one line that names the file.
+    """
+    normalize = parse_normalization(normalize)
+    content = read_checkpoint(path)
+    try:
+        state = find_state_dict(content)
+        found_arch, classes, in_channels, final_bn = infer_arch(state)
+        if num_classes is not None and num_classes != classes:
+            raise ValueError(f'has {classes} classes, not {num_classes}')
+        model = build_model(arch or found_arch, classes, in_channels, final_bn)
+        expected = model.state_dict()
+        missing, unexpected = [k for k in expected if k not in state], [k for k in state if k not in expected]
+        if missing or unexpected:
+            raise ValueError(f"does not fit {arch or found_arch}: missing {', '.join(missing[:3]) or 'nothing'}; "
+                             f"unexpected {', '.join(unexpected[:3]) or 'nothing'}")
+        odd = next((k for k in expected if expected[k].shape != state[k].shape), None)
+        if odd:
+            raise ValueError(f'does not fit {arch or found_arch}: {odd} has shape {tuple(state[odd].shape)}, '
+                             f'not {tuple(expected[odd].shape)}')
+        model.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    if normalize:
+        if max(map(len, normalize)) > 1 != in_channels and in_channels != max(map(len, normalize)):
+            raise ValueError(f'{path}: takes {in_channels}-channel images, normalize has {max(map(len, normalize))}')
+        model.set_normalization(*normalize)
+    return model.to(device).eval()
