@@ -1,34 +1,99 @@
-"""Data sets, attacks and metrics."""
+"""Data sets, attacks and metrics; as a command, the robustness of anyone's L-infinity-trained
+image classifiers.
+
+    python evaluate.py --model-path runs/cifar10-ew-trades-seed1/best.pt
+    python evaluate.py --model-path a.pt b.pt c.pt --attacks pgd20 ls autoattack --figures figures/
+    python evaluate.py --model-path model_cifar_wrn.pt --dataset cifar10 --attacks autoattack
+
+Prints a Markdown table with a row for each model: the accuracy under each attack, in % of all
+examples. Finished batches are kept in <model>.eval.json, so a command that was interrupted goes on
+where it was when it is given again, and a finished one answers at once.
+
+    fgsm         one step of epsilon from the image
+    pgd10        10 steps of epsilon/4 (2/255 at 8/255)     } each from a uniform random start,
+    pgd20        20 steps of epsilon/10                     } the best of --restarts
+    pgd100       100 steps of epsilon/4                     }
+    ls           pgd20 with the logits times --ls-scale inside the loss (logit scaling, Eq. 9)
+    autoattack   the standard version: apgd-ce, apgd-t, fab-t and square, each on what withstood
+                 those before it; each of the four can be asked for alone as well
+"""
 import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import logging
 import math
 import os
 import platform
+import re
+import signal
+import struct
+import sys
+import tempfile
+import time
+import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import models
 
-# size: height and width in pixels; epsilon: the L-infinity radius of the paper's protocol (digits: ours)
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# size: height and width in pixels; epsilon and what trains: the protocol of the paper, for digits
+# one with which all eight methods learn
+CIFAR = dict(arch='preactresnet18', epochs=110, lr=0.1, lr_milestones=[100, 105], weight_decay=5e-4,
+             batch_size=128, epsilon=8 / 255, step_size=2 / 255, num_steps=10)
 DATASETS = {
-    'cifar10': dict(num_classes=10, in_channels=3, size=32, epsilon=8 / 255),
-    'cifar100': dict(num_classes=100, in_channels=3, size=32, epsilon=8 / 255),
-    'mnist': dict(num_classes=10, in_channels=1, size=28, epsilon=0.3),
-    'digits': dict(num_classes=10, in_channels=1, size=28, epsilon=0.1),
+    'cifar10': dict(num_classes=10, in_channels=3, size=32, **CIFAR),
+    'cifar100': dict(num_classes=100, in_channels=3, size=32, **CIFAR),
+    'mnist': dict(num_classes=10, in_channels=1, size=28, arch='smallcnn', epochs=100, lr=0.01,
+                  lr_milestones=[20, 40], weight_decay=1e-4, batch_size=128, epsilon=0.3,
+                  step_size=0.01, num_steps=40),
+    'digits': dict(num_classes=10, in_channels=1, size=28, arch='smallcnn', epochs=20, lr=0.02,
+                   lr_milestones=[15, 18], weight_decay=1e-4, batch_size=32, epsilon=0.1,
+                   step_size=0.025, num_steps=7),
 }
 
 
 # ---------------------------------------------------------------- command lines
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default where there is one and the help does not speak of it."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False, argparse.SUPPRESS) or 'default' in (action.help or '')
+        return (action.help or '') + ('' if told else ' (default: %(default)s)')
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a user's mistake is one line on stderr (and exit status 2, as ever)."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {" ".join(str(message).split())}\n')
+
+    def parse_resumed(self, argv, saved, may_differ):
+        """The arguments of a saved run, {name: value}, with those of argv that may differ from them.
+
+        Raises ValueError for another that does, and for fewer epochs.
+        """
+        self.set_defaults(**saved)
+        args = self.parse_args(argv)
+        for name, value in saved.items():
+            given = getattr(args, name)
+            if given != value and (name not in may_differ or name == 'epochs' and given < value):
+                raise ValueError(f'--{name.replace("_", "-")} {given} is not that of the run, {value}')
+        return args
 
 
 def number(text):
@@ -63,6 +128,13 @@ def unit(text):
     return number(text)
 
 
+def fraction(text):
+    """A number above zero and below 1."""
+    if unit(text) == 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not below 1")
+    return number(text)
+
+
 def non_negative(text):
     if not 0 <= number(text) < math.inf:
         raise argparse.ArgumentTypeError(f"'{text}' is not zero or above, and finite")
@@ -91,7 +163,8 @@ def pick_device(no_cuda=False):
     if not no_cuda and torch.cuda.is_available():
         return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     if not no_cuda and os.environ.get('CUDA_VISIBLE_DEVICES') is not None:
-        print(f"no CUDA device with CUDA_VISIBLE_DEVICES='{os.environ['CUDA_VISIBLE_DEVICES']}': running on the CPU")
+        print("no CUDA device with CUDA_VISIBLE_DEVICES="
+              f"'{os.environ['CUDA_VISIBLE_DEVICES']}': running on the CPU", file=sys.stderr)
     return torch.device('cpu')
 
 
@@ -107,7 +180,8 @@ def versions(device):
         name = torch.cuda.get_device_name(device)
     else:
         name = f'{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads'
-    return {'device': name, 'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__}
+    return {'device': name, 'python': platform.python_version(), 'torch': str(torch.__version__),
+            'numpy': np.__version__}
 
 
 def seed_everything(*numbers):
@@ -129,7 +203,10 @@ def load_data(dataset, data_dir='./data', train=True, size=None, device='cpu'):
     if dataset == 'digits':
         images, labels = _load_digits(train)
     else:
-        images, labels = _load_torchvision(dataset, data_dir, train)
+        data = _open_torchvision(dataset, data_dir, train)
+        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets).long()
+        images = images.unsqueeze(1) if dataset == 'mnist' else images.permute(0, 3, 1, 2)
+        images = images.contiguous()
     if size is not None and size > len(images):
         raise ValueError(f"{dataset} has {len(images)} {'training' if train else 'test'} images, fewer than {size}")
     return images[:size].to(device), labels[:size].to(device)
@@ -145,27 +222,196 @@ def _load_digits(train):
     return (images * 255).round().to(torch.uint8)[chosen], torch.tensor(labels, dtype=torch.int64)[chosen]
 
 
-def _load_torchvision(dataset, data_dir, train):
+def _open_torchvision(dataset, data_dir, train):
     from torchvision import datasets
     kind = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100, 'mnist': datasets.MNIST}[dataset]
     try:
-        data = kind(data_dir, train=train)
+        return kind(data_dir, train=train)
     except RuntimeError:  # torchvision's "not found or corrupted"
         try:
-            data = kind(data_dir, train=train, download=True)
+            return kind(data_dir, train=train, download=True)
         except (OSError, RuntimeError) as error:
             where = os.path.join(data_dir, 'MNIST/raw' if dataset == 'mnist' else kind.base_folder)
-            raise FileNotFoundError(f'{dataset} is not in {where} and could not be downloaded there ({error}); '
-                                    '--dataset digits needs no download') from None
-    images = torch.as_tensor(data.data)
-    images = images.unsqueeze(1) if dataset == 'mnist' else images.permute(0, 3, 1, 2)
-    return images.contiguous(), torch.as_tensor(data.targets, dtype=torch.int64)
+            raise FileNotFoundError(
+                f'{dataset} is not in {where} and could not be downloaded there ({error}); '
+                '--dataset digits needs no download') from None
+
+
+def class_names(dataset, data_dir='./data'):
+    """The names of a data set's classes in the order of its labels."""
+    if dataset.startswith('cifar'):
+        return _open_torchvision(dataset, data_dir, False).classes
+    return [str(k) for k in range(10)]
 
 
 def to_float(images):
     """uint8 images -> float32 in [0, 1], channels last in memory where there are several (the layout of fast convolutions)."""
     x = images.float() / 255
     return x.contiguous(memory_format=torch.channels_last)
+
+def describe(row, epochs):
+    """A row of log.csv as the line that a person reads, with the time that is left."""
+    left = row['seconds'] / row['epoch'] * (epochs - row['epoch'])
+    return (f'epoch {row["epoch"]}/{epochs}  lr {row["lr"]:g}  loss {row["loss"]:.3f}  '
+            f'clean {row["clean"]:.2%}  pgd10 {row["pgd10"]:.2%}  entropy {row["entropy"]:.2f}, '
+            f'{row["high_entropy"]:.1%} above 1.5  {row["images_per_s"]:,.0f} images/s  '
+            f'{int(left // 60)}:{int(left % 60):02} min left')
+
+
+# ---------------------------------------------------------------- what the training scripts need
+
+def is_stuck(log, num_classes, patience=5):
+    """Whether the last epochs were all at chance: a collapsed run, or one that never began to learn."""
+    return len(log) >= patience and all(row['clean'] < 1.5 / num_classes for row in log[-patience:])
+
+
+def protocol_help():
+    """What "by data set" in the help of a flag stands for."""
+    lines = [f'  {name}: ' + ', '.join(f'{k} {v}' for k, v in list(spec.items())[3:])
+             for name, spec in DATASETS.items()]
+    return ('"By data set" is the protocol of the paper (digits: ours):\n' + '\n'.join(lines)
+            + '\nWith other --epochs, the milestones by data set keep their share of the run.')
+
+
+def fill_protocol(args):
+    """Give the arguments that are None the value of their data set; ValueError where they do not fit."""
+    if args.lr_milestones and args.lr_milestones != sorted(set(args.lr_milestones)):
+        raise ValueError(f'--lr-milestones {args.lr_milestones} do not rise')
+    protocol = dict(list(DATASETS[args.dataset].items())[3:])
+    share = (args.epochs or protocol['epochs']) / protocol['epochs']
+    protocol['lr_milestones'] = [math.ceil(m * share) for m in protocol['lr_milestones']]
+    for name, value in protocol.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_fit(args.dataset, args.arch)
+
+
+def catch_signals():
+    """A list that SIGINT and SIGTERM are put into, once; a second one of a kind ends the program."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
+
+
+
+class TrainingData:
+    """The images of a run, on the device, and how an epoch is drawn from them.
+
+    args: those of the training scripts. The original training images, less the last --val-size,
+    class-balanced; held_out: these or, without, the test images, (images, labels). From
+    --extra-data come more, which make up --extra-fraction of each batch. An epoch is every
+    original image once; with --extra-data or --steps-per-epoch it is that many full batches
+    (by default what the originals alone make), each set drawn evenly.
+    Raises FileNotFoundError and ValueError with one line.
+    """
+
+    def __init__(self, args, device):
+        spec, size = DATASETS[args.dataset], args.batch_size
+        data = args.dataset, args.data_dir
+        images, labels = load_data(*data, True, args.train_size, device)
+        self.held_out = load_data(*data, False, args.test_size, device)
+        if args.val_size:
+            held = class_balanced_tail(labels, args.val_size, spec['num_classes'])
+            self.held_out = images[held], labels[held]
+            images, labels = images[~held], labels[~held]
+        self.images, self.labels, self.device = images, labels, device
+        self.augmented = spec['size'] == 32
+        self.steps = args.steps_per_epoch or -(-len(labels) // size)
+        self.full = bool(args.extra_data or args.steps_per_epoch)  # no smaller batch at the end
+        self.images_per_epoch = self.steps * size if self.full else len(labels)
+        self.extra, self.sizes = None, (size, 0)
+        if args.extra_data:
+            self.extra = load_extra(args.extra_data, args.dataset, device)
+            extra = round(args.extra_fraction * size)
+            self.sizes = (size - extra, extra)
+            if min(self.sizes) == 0:
+                raise ValueError(f'--extra-fraction {args.extra_fraction} of a batch of {size} leaves '
+                                 'one kind of image out')
+
+    def draw_epoch(self):
+        """The batches of an epoch, drawn from torch's generator: (indices, extra indices) for take()."""
+        def draw(n, size):
+            count = self.steps * size if self.full else n
+            rounds = range(-(-count // n))
+            order = torch.cat([torch.randperm(n, device=self.device) for _ in rounds])
+            return order[:count].split(size)
+        own = draw(len(self.labels), self.sizes[0])
+        if self.extra is None:
+            return [(index, None) for index in own]
+        return list(zip(own, draw(len(self.extra[1]), self.sizes[1])))
+
+    def take(self, batch):
+        """uint8 images (B, C, H, W) and labels (B,) of a batch, on the device, the extra ones last."""
+        index, extra_index = batch
+        x, y = self.images[index], self.labels[index]
+        if extra_index is None:
+            return x, y
+        images, labels = self.extra
+        if isinstance(images, torch.Tensor):
+            more = images[extra_index]
+        else:  # memory-mapped
+            more = torch.from_numpy(images[extra_index.cpu().numpy()]).to(self.device)
+        return torch.cat([x, more.permute(0, 3, 1, 2)]), torch.cat([y, labels[extra_index]])
+
+
+def class_balanced_tail(labels, size, num_classes):
+    """A mask (N,) of the last size / num_classes examples of each class."""
+    each, rest = divmod(size, num_classes)
+    held = torch.zeros_like(labels, dtype=torch.bool)
+    for k in range(num_classes):
+        of_class = (labels == k).nonzero().squeeze(1)
+        if rest or len(of_class) <= each:
+            raise ValueError(f'{size} validation images: not a multiple of the {num_classes} classes, '
+                             'or all that there are of one')
+        held[of_class[-each:]] = True
+    return held
+
+
+def load_extra(path, dataset, device):
+    """`image` uint8 (N, H, W, C) and `label` (N,) of an .npz, labels on the device.
+
+    Images go to the device where they take at most half of its free memory; else they stay in the
+    file, memory-mapped (in memory, if the file is compressed). Pickles are never read.
+    Raises FileNotFoundError, or ValueError with one line that names the file.
+    """
+    spec = DATASETS[dataset]
+    shape, classes = (spec['size'], spec['size'], spec['in_channels']), spec['num_classes']
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            labels = np.asarray(file['label'])
+        images = _map_npz(path, 'image')
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file') from None
+    except (KeyError, ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f'{path}: not an .npz with image and label ({error})') from None
+    if images.dtype != np.uint8 or images.shape[1:] != shape or labels.shape != (len(images),):
+        raise ValueError(f'{path}: image is {images.dtype} {images.shape}, label {labels.shape}; '
+                         f'wanted uint8 (N, {", ".join(map(str, shape))}) and (N,)')
+    if labels.dtype.kind not in 'iu' or len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f'{path}: labels are not whole numbers from 0 to {classes - 1}')
+    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else 2 ** 30
+    if images.nbytes <= free / 2:
+        images = torch.tensor(np.asarray(images), device=device)
+    return images, torch.tensor(labels.astype(np.int64), device=device)
+
+
+def _map_npz(path, name):
+    """An array of an .npz, memory-mapped where it is stored as it is, else read."""
+    with zipfile.ZipFile(path) as archive, open(path, 'rb') as f:
+        info = archive.getinfo(f'{name}.npy')
+        f.seek(info.header_offset + 26)
+        f.seek(info.header_offset + 30 + sum(struct.unpack('<HH', f.read(4))))
+        if info.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(f) == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            if not fortran and not dtype.hasobject:
+                return np.memmap(path, dtype, 'r', f.tell(), shape)
+    with np.load(path, allow_pickle=False) as file:
+        return file[name]
 
 
 # ---------------------------------------------------------------- attacks
@@ -190,21 +436,103 @@ def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, rand
     return x_adv.detach()
 
 
+AUTOATTACK = ('apgd-ce', 'apgd-t', 'fab-t', 'square')  # the standard version, in its order
+STEPS = {'fgsm': (1, 1), 'pgd10': (1 / 4, 10), 'pgd20': (1 / 10, 20), 'pgd100': (1 / 4, 100),
+         'ls': (1 / 10, 20)}  # step size over epsilon, number of steps
+ATTACKS = ('clean', *STEPS, 'autoattack', *AUTOATTACK)
+
+
+def pgd_options(attack, epsilon, ls_scale=10.0):
+    """What pgd_attack takes for the attack of that name in STEPS; empty for the others."""
+    if attack not in STEPS:
+        return {}
+    return dict(step_size=STEPS[attack][0] * epsilon, num_steps=STEPS[attack][1],
+                logit_scale=ls_scale if attack == 'ls' else 1.0, random_start=attack != 'fgsm')
+
+
+def find_autoattack():
+    """The class AutoAttack of pyautoattack or of GitHub's autoattack; ValueError without either."""
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError:
+        try:
+            from autoattack import AutoAttack
+        except ImportError:
+            raise ValueError('AutoAttack is not installed: pip install pyautoattack') from None
+    return AutoAttack
+
+
+@torch.no_grad()
+def auto_attack(attack, model, x, y, epsilon, seed):
+    """x_adv by one of AUTOATTACK, as in the standard version; x itself where f is wrong already.
+
+    The four are called directly: the method around them differs between the two packages, traces
+    the program, and resumes wrongly. Raises ValueError where the model has too few classes.
+    """
+    if attack.endswith('-t') and (classes := model(x[:1]).shape[1]) < 10:
+        raise ValueError(f'{attack} has 9 wrong classes as targets, and there are {classes} in all')
+    logger = logging.getLogger('auto-attack')
+    level, devices = logger.level, [x.device] if x.is_cuda else []
+    try:
+        logger.setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices):
+            adversary = find_autoattack()(model, norm='Linf', eps=epsilon, seed=seed,
+                                          version='standard', device=x.device)
+            adversary.fab.targeted = True
+            parts = adversary.apgd, adversary.apgd_targeted, adversary.fab, adversary.square
+            return parts[AUTOATTACK.index(attack)].perturb(x.contiguous(), y)
+    finally:
+        logger.setLevel(level)
+
+
+def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_scale=10.0):
+    """x_adv for images x (B, C, H, W) in [0, 1], labels y (B,), by one of ATTACKS but autoattack.
+
+    Random draws come from seed and first, the place of the batch; torch is reseeded. A restart is
+    for the examples that still stand. Raises RuntimeError where x_adv is not within epsilon of x
+    and in [0, 1].
+    """
+    x_adv = x
+    if attack in AUTOATTACK:
+        x_adv = auto_attack(attack, model, x, y, epsilon, seed)
+    elif attack in STEPS:
+        options = pgd_options(attack, epsilon, ls_scale)
+        standing = torch.arange(len(x), device=x.device)
+        for restart in range(restarts if options['random_start'] else 1):
+            if restart:
+                with torch.no_grad():
+                    standing = standing[model(x_adv[standing]).argmax(1) == y[standing]]
+            seed_everything(seed, first, restart)
+            found = pgd_attack(model, x[standing], y[standing], epsilon, **options)
+            x_adv = x_adv.index_copy(0, standing, found)
+    outside = (x_adv - x).abs().max() - epsilon, -x_adv.min(), x_adv.max() - 1
+    if not all(distance <= 1e-6 for distance in outside):  # float32 rounds; NaN is outside as well
+        raise RuntimeError(f'{attack} left the ball of radius {epsilon} or [0, 1]')
+    return x_adv
+
+
+# ---------------------------------------------------------------- metrics
+
 def entropy(logits):
     """Entropy in nats of softmax(logits), (B, K) -> (B,), between 0 and log K: Eq. 1 with tau = 1."""
     log_p = F.log_softmax(logits, dim=1)
     return -(log_p.exp() * log_p).sum(1)
 
 
-def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1.5):
-    """What training logs after an epoch, for uint8 images: fractions `clean` and `pgd10` (accuracy under PGD with 10
-    steps of epsilon / 4), mean `entropy` in nats of the adversarial examples, and `high_entropy`, the fraction above
-    threshold. The model is put in eval mode and then back.
+def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1.5, average=None):
+    """What training logs after an epoch, for uint8 images.
+
+    Fractions `clean` and `pgd10` (accuracy under PGD with 10 steps of epsilon / 4), mean `entropy`
+    in nats of the adversarial examples, `high_entropy`, the fraction above threshold; of a second,
+    averaged network `ema_clean` and `ema_pgd10`. Processes share the batches; networks are put in
+    eval mode and back.
     """
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=images.device)
-    for i in range(0, len(images), batch_size):
+    for i in range(rank * batch_size, len(images), world * batch_size):
         x, y = to_float(images[i:i + batch_size]), labels[i:i + batch_size]
         seed_everything(seed, i)
         x_adv = pgd_attack(model, x, y, epsilon, epsilon / 4, 10)
@@ -214,4 +542,590 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
         sums += torch.stack([v.double().sum() for v in (logits.argmax(1) == y, logits_adv.argmax(1) == y,
                                                         h, h > threshold)])
     model.train(was_training)
-    return dict(zip(('clean', 'pgd10', 'entropy', 'high_entropy'), (sums / len(images)).tolist()))
+    if several:
+        torch.distributed.all_reduce(sums)
+    row = dict(zip(('clean', 'pgd10', 'entropy', 'high_entropy'), (sums / len(images)).tolist()))
+    if average is not None:
+        row_of_average = evaluate_epoch(average, images, labels, epsilon, batch_size, seed, threshold)
+        row |= {f'ema_{k}': row_of_average[k] for k in ('clean', 'pgd10')}
+    return row
+
+
+@contextlib.contextmanager
+def exact(model, device):
+    """Inside, the model is in eval mode and float32 without TF32; its weights take no gradients.
+
+    Afterwards its modes, its amp, torch's settings and its random states are what they were.
+    """
+    training = [(m, m.training) for m in model.modules()]
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
+    amp, precision = getattr(model, 'amp', False), torch.get_float32_matmul_precision()
+    try:
+        model.eval().requires_grad_(False)
+        model.amp = False
+        torch.set_float32_matmul_precision('highest')
+        with (torch.random.fork_rng([device] if device.type == 'cuda' else []),
+              torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)):
+            yield
+    finally:
+        for m, mode in training:
+            m.training = mode
+        for p, needed in parameters:
+            p.requires_grad_(needed)
+        model.amp = amp
+        torch.set_float32_matmul_precision(precision)
+
+
+def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch_size=250, seed=1,
+                    records=None, save=None, desc=None, **options):
+    """Who withstands an attack: correct (N,), bool, and entropies (N,), float32, in NumPy.
+
+    images: uint8 (N, C, H, W); labels: (N,); examples: (N,) bool, those to attack, the others count
+    as wrong (default: all); options: restarts, ls_scale. What counts is the network's prediction on
+    x_adv, that of misclassified clean examples as well, in eval mode whatever mode it is in. The
+    entropies are those of f(x_adv) in nats, NaN where the attack is not pgd20. records: what an
+    earlier call made of the first batches; this one appends to it, and then calls save(). desc: of
+    the progress bar, None for none.
+    """
+    records = [] if records is None else records
+    correct, entropies = np.zeros(len(images), bool), np.full(len(images), np.nan, np.float32)
+    index = np.arange(len(images)) if examples is None else np.flatnonzero(examples)
+    bar = tqdm(range(0, len(index), batch_size), desc=desc, unit='batch', leave=False,
+               disable=None if desc else True)
+    with exact(model, images.device):
+        for number, begin in enumerate(bar):
+            batch = index[begin:begin + batch_size]
+            if number < len(records):
+                try:
+                    correct[batch], entropies[batch] = unpack(records[number], len(batch), attack)
+                except (ValueError, KeyError, TypeError):
+                    print('a kept batch is damaged: evaluating anew from there', file=sys.stderr)
+                    del records[number:]
+            if number == len(records):
+                x, y = to_float(images[batch]), labels[batch]
+                x_adv = run_attack(attack, model, x, y, epsilon, seed, begin, **options)
+                with torch.no_grad():
+                    logits = model(x_adv)
+                correct[batch] = (logits.argmax(1) == y).cpu().numpy()
+                records.append({'correct': np.packbits(correct[batch]).tobytes().hex()})
+                if attack == 'pgd20':
+                    entropies[batch] = entropy(logits).cpu().numpy()
+                    records[number]['entropy'] = entropies[batch].astype('<f4').tobytes().hex()
+                if save:
+                    save()
+            share = correct.sum() / (begin + len(batch)) * len(index) / len(images)
+            bar.set_postfix_str(f'{share:.2%} robust')
+    return correct, entropies
+
+
+def unpack(record, size, attack):
+    """A batch's record -> correct (size,), entropies (size,); an exception if it is damaged."""
+    bits = np.frombuffer(bytes.fromhex(record['correct']), np.uint8)
+    if len(bits) != math.ceil(size / 8):
+        raise ValueError('length')
+    entropies = np.full(size, np.nan, np.float32)
+    if attack == 'pgd20':
+        entropies[:] = np.frombuffer(bytes.fromhex(record['entropy']), '<f4')
+    return np.unpackbits(bits)[:size].astype(bool), entropies
+
+
+def entropy_report(entropies, correct, threshold):
+    """Of adversarial examples: mean entropy, share above threshold, accuracy above and up to it.
+
+    entropies: (N,) in nats; correct: (N,) bool. An accuracy is NaN where there is no such example.
+    """
+    high = entropies > threshold
+    accuracy = [correct[part].mean().item() if part.any() else math.nan for part in (high, ~high)]
+    return {'entropy': float(entropies.mean(dtype=np.float64)), 'high_entropy': float(high.mean()),
+            'accuracy_high_entropy': accuracy[0], 'accuracy_low_entropy': accuracy[1]}
+
+
+# ---------------------------------------------------------------- the table
+
+class Results:
+    """Finished batches, beside the model in <model>.eval.json: {what was measured: [record, ...]}.
+
+    A save puts together what this process and the file know, and moves the new file into place
+    whole: neither a kill nor a second evaluation of the same model spoils it.
+    """
+
+    def __init__(self, model_path):
+        self.model_path, self.path = model_path, f'{model_path}.eval.json'
+        self.writable, self.known = True, self.read()
+
+    def read(self):
+        try:
+            with open(self.path) as f:
+                content = json.load(f)
+            if all(isinstance(records, list) for records in content.values()):
+                return content
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError, RecursionError):
+            pass
+        print(f'{self.path} cannot be read: evaluating anew', file=sys.stderr)
+        return {}
+
+    def save(self):
+        if not self.writable:
+            return
+        partial = f'{self.path}.{os.getpid()}.tmp'
+        try:
+            with open(self.model_path, 'rb') as lock:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                merged = self.read()
+                merged |= {k: v for k, v in self.known.items() if len(v) >= len(merged.get(k, ()))}
+                with open(partial, 'w') as f:
+                    json.dump(merged, f, indent=0)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(partial, self.path)
+        except OSError as error:
+            print(f'{self.path} cannot be written ({error.strerror}): going on without it',
+                  file=sys.stderr)
+            self.writable = False
+
+
+def weights_hash(model):
+    """SHA-256 of what decides a network's logits: its class, its weights and its normalization."""
+    sha = hashlib.sha256(type(model).__name__.encode())
+    extra = {k: getattr(model, k) for k in ('mean', 'std') if hasattr(model, k)}
+    for name, tensor in sorted((model.state_dict() | extra).items()):
+        sha.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        sha.update(tensor.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def plan_columns(attacks, epsilon, aa_epsilon, worst_case=False):
+    """The table's columns, {title: (attack, epsilon, after)}.
+
+    after: the column whose survivors alone are attacked, None for all examples.
+    """
+    columns = {'clean': ('clean', 0.0, None)}
+    for attack in attacks:
+        after = 'clean'
+        for part in AUTOATTACK if attack == 'autoattack' else [attack]:
+            title = part
+            if worst_case:
+                title, after = f'+ {part}', list(columns)[-1]
+            elif attack == 'autoattack':
+                title = {'apgd-ce': 'aa: apgd-ce', 'square': attack}.get(part, f'aa: + {part}')
+            if part != 'clean' and title not in columns:
+                columns[title] = (part, aa_epsilon if part in AUTOATTACK else epsilon,
+                                  after if worst_case or part in AUTOATTACK else None)
+                after = title
+    if worst_case and len(columns) > 1:
+        columns['worst case'] = columns.pop(list(columns)[-1])
+    return columns
+
+
+def evaluate_model(model, images, labels, columns, results=None, identity=None, name='model',
+                   batch_size=250, seed=1, restarts=1, ls_scale=10.0):
+    """The columns of a model's row: {title: correct (N,)}; and the entropies (N,) under pgd20.
+
+    columns: see plan_columns; without pgd20 on all examples, the entropies are None. results,
+    identity: a Results, and the dict that says what its records are of. Progress goes to stderr.
+    """
+    outcome, entropies = {}, None
+    for title, (attack, epsilon, after) in columns.items():
+        examples = outcome[after] if after else np.ones(len(labels), bool)
+        options = dict(restarts=restarts, ls_scale=ls_scale) if attack in STEPS else {}
+        key = {**(identity or {}), **pgd_options(attack, epsilon, ls_scale), 'attack': attack,
+               'epsilon': epsilon, 'restarts': options.get('restarts'), 'seed': seed,
+               'batch_size': batch_size, 'n': len(labels),
+               'attacked': hashlib.sha256(np.packbits(examples)).hexdigest()}
+        key = json.dumps(key, sort_keys=True)
+        records, save = (results.known.setdefault(key, []), results.save) if results else ([], None)
+        began = time.time()
+        outcome[title], h = evaluate_attack(model, images, labels, attack, epsilon, examples,
+                                            batch_size, seed, records, save, f'{name} {title}',
+                                            **options)
+        if attack == 'pgd20' and after is None:
+            entropies = h
+        print(f'{name}: {title} {outcome[title].mean():.2%} of {len(labels):,} '
+              f'({time.time() - began:.0f} s)', file=sys.stderr, flush=True)
+    return outcome, entropies
+
+
+def epsilon_text(epsilon):
+    """An epsilon as the field writes it: 8/255, 0.031."""
+    whole = abs(epsilon * 255 - round(epsilon * 255)) < 1e-6
+    return f'{epsilon * 255:.0f}/255' if whole else f'{epsilon:g}'
+
+
+def markdown(header, rows):
+    """A Markdown table: names left, numbers right."""
+    lines = [header, [':--'] + ['--:'] * (len(header) - 1), *rows]
+    return '\n'.join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def write_csv(path, header, rows):
+    with open(path, 'w', newline='') as f:
+        csv.writer(f).writerows([header, *rows])
+
+
+def row_names(paths):
+    """A name for each model: its run directory's or its file's, or the path to be unique."""
+    def short(path):
+        run, file = os.path.abspath(path).split(os.sep)[-2:]
+        stem = os.path.splitext(file)[0]
+        ours = re.fullmatch(r'best|last|epoch-\d+', stem)
+        return run if stem == 'best' else f'{run}/{stem}' if ours else stem
+    names = [short(p) for p in paths]
+    return [n if names.count(n) == 1 else p for n, p in zip(names, paths)]
+
+
+# ---------------------------------------------------------------- figures
+
+# Okabe and Ito's, which colour-blind readers can tell apart; the yellow darker, to show on white
+COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#B8A800']
+MARKERS = 'os^DvPX*'
+TSNE_EXAMPLES = 500  # of a class at most: t-SNE is slow, and a panel is small
+
+
+def new_figure(height, models=0, rows=1, columns=1, **options):
+    """A figure 3.5 inches (a column) wide, of a height without the legend; it needs no display."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({'font.size': 7, 'axes.grid': True, 'grid.linewidth': 0.3,
+                         'axes.axisbelow': True, 'legend.fontsize': 6, 'legend.frameon': False,
+                         'lines.linewidth': 1.1})
+    return plt.subplots(rows, columns, figsize=(3.5, height + 0.13 * math.ceil(models / 2)),
+                        layout='constrained', squeeze=False, **options)
+
+
+def panels(names, height, **options):
+    """A figure with a panel for each name, two in a row where there are several."""
+    columns = min(2, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, axes = new_figure(0.4 + 2 / columns * height * rows, 0, rows, columns, **options)
+    for ax, name in zip(axes.flat, names):
+        ax.set_title(shorten(name), fontsize=6, pad=3)
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def write_figure(figure, ax, path, header, rows, legend='outside lower center'):
+    """Write path.png, with a legend of what is in ax, and the numbers behind it to path.csv."""
+    import matplotlib.pyplot as plt
+    if ax is not None:
+        handles, labels = ax.get_legend_handles_labels()
+        figure.legend(handles, [shorten(label) for label in labels], loc=legend, ncols=2)
+    figure.savefig(f'{path}.png', dpi=200)
+    plt.close(figure)
+    write_csv(f'{path}.csv', header, rows)
+
+
+def shorten(name):
+    return name if len(name) <= 32 else f'…{name[-31:]}'
+
+
+def line_style(i):
+    return dict(color=COLOURS[i % 8], linestyle=['-', '--', ':'][i // 8 % 3])
+
+
+def plot_entropy_histogram(entropies, num_classes, threshold, directory):
+    """Figures 2 and 4b: the distribution of the adversarial examples' entropies {name: (N,)}."""
+    edges = np.linspace(0, math.log(num_classes), 31)
+    shares = {name: np.histogram(h.clip(0, edges[-1]), edges)[0] * 100 / len(h)
+              for name, h in entropies.items()}
+    figure, axes = panels(shares, 0.9, sharex=True, sharey=True)
+    for i, (ax, share) in enumerate(zip(axes.flat, shares.values())):
+        ax.stairs(share, edges, fill=True, color=COLOURS[i % 8])
+        ax.axvline(threshold, color='0.3', linewidth=0.6)
+        ax.set_xlim(0, edges[-1])
+    figure.supxlabel('entropy of the prediction on PGD-20 examples (nats)', fontsize=7)
+    figure.supylabel('share of examples (%)', fontsize=7)
+    write_figure(figure, None, os.path.join(directory, 'entropy_histogram'),
+                 ['entropy_from', 'entropy_to', *shares],
+                 zip(edges[:-1], edges[1:], *shares.values()))
+
+
+def plot_entropy_vs_robustness(points, attack, threshold, directory):
+    """Figure 4a: {name: (share of high-entropy examples, accuracy under the attack)}, fractions."""
+    figure, [[ax]] = new_figure(2.1, len(points))
+    for i, (name, (share, accuracy)) in enumerate(points.items()):
+        ax.plot(share * 100, accuracy * 100, MARKERS[i % 8], color=COLOURS[i % 8], label=name,
+                fillstyle='full' if i < 8 else 'none')
+    ax.set(xlabel=f'PGD-20 examples with entropy above {threshold:g} nats (%)',
+           ylabel=f'accuracy under {attack} (%)')
+    ax.margins(0.1)
+    write_figure(figure, ax, os.path.join(directory, 'entropy_vs_robustness'),
+                 ['model', 'high_entropy', attack], [[name, *p] for name, p in points.items()])
+
+
+def plot_tsne(features, classes, seed, directory):
+    """Figure 3: a t-SNE panel for each {name: (features (M, D), labels (M,))} of two classes."""
+    from sklearn.manifold import TSNE
+    figure, axes = panels(features, 1.5)
+    table = []
+    for ax, (name, (f, y)) in zip(axes.flat, features.items()):
+        tsne = TSNE(perplexity=min(30, (len(f) - 1) / 3), init='pca', random_state=seed)
+        points = tsne.fit_transform(f)
+        for (label, text), marker, colour in zip(classes.items(), 'o^', COLOURS):
+            ax.scatter(*points[y == label].T, s=5, marker=marker, color=colour, linewidths=0,
+                       alpha=0.7, label=text)
+        ax.set(xticks=[], yticks=[])
+        table += [[name, *point, classes[label]] for point, label in zip(points, y)]
+    figure.supxlabel('t-SNE 1 (no unit)', fontsize=7)
+    figure.supylabel('t-SNE 2 (no unit)', fontsize=7)
+    write_figure(figure, axes[0, 0], os.path.join(directory, 'tsne'), ['model', 'x', 'y', 'class'],
+                 table, legend='outside upper center')
+
+
+def plot_training_curves(logs, directory):
+    """Clean and PGD-10 accuracy and entropy under PGD-10 by epoch: {name: rows of log.csv}."""
+    texts = {'clean': 'clean accuracy (%)', 'pgd10': 'PGD-10 accuracy (%)',
+             'entropy': 'PGD-10 entropy (nats)'}
+    figure, axes = new_figure(4.2, len(logs), 3, sharex=True)
+    for ax, (column, text) in zip(axes[:, 0], texts.items()):
+        scale = 1 if column == 'entropy' else 100
+        for i, (name, log) in enumerate(logs.items()):
+            ax.plot([row['epoch'] for row in log], [row[column] * scale for row in log], label=name,
+                    **line_style(i))
+        ax.set_ylabel(text)
+    axes[-1, 0].set_xlabel('epoch')
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    write_figure(figure, axes[0, 0], os.path.join(directory, 'training_curves'),
+                 ['model', *CURVES], [[n, *row.values()] for n, log in logs.items() for row in log])
+
+
+CURVES = ('epoch', 'clean', 'pgd10', 'entropy')
+
+
+def read_log(model_path):
+    """The rows of the log.csv beside a checkpoint, as numbers; [] where there is none."""
+    rows = []
+    with contextlib.suppress(OSError, UnicodeDecodeError, csv.Error):
+        with open(os.path.join(os.path.dirname(model_path), 'log.csv'), newline='') as f:
+            for row in csv.DictReader(f):
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # a line cut off
+                    rows.append({k: float(row[k]) for k in CURVES})
+    return rows
+
+
+def adversarial_features(model, images, labels, classes, epsilon, batch_size, seed):
+    """Penultimate features (M, D) of PGD-20 examples, TSNE_EXAMPLES a class at most; labels."""
+    index = torch.cat([(labels == k).nonzero()[:TSNE_EXAMPLES, 0] for k in classes])
+    features = []
+    with exact(model, images.device), torch.no_grad():
+        for begin in range(0, len(index), batch_size):
+            batch = index[begin:begin + batch_size]
+            x_adv = run_attack('pgd20', model, to_float(images[batch]), labels[batch], epsilon,
+                               seed, begin)
+            features.append(model.features(x_adv).cpu())
+    return torch.cat(features).numpy(), labels[index].cpu().numpy()
+
+
+# ---------------------------------------------------------------- the command
+
+def parse_args(argv=None):
+    """The arguments and their parser."""
+    parser = ArgumentParser(description=__doc__)
+    group = parser.add_argument_group('models')
+    group.add_argument('--model-path', nargs='+', required=True, metavar='FILE',
+                       help="checkpoints, this project's or anyone's: a row of the table each")
+    group.add_argument('--arch', metavar='NAME',
+                       help=f"{', '.join(models.ARCHS)} (default: read off the weights)")
+    group.add_argument('--normalize', default='none', metavar='N',
+                       help='normalization that the training had outside the network: none, '
+                       'cifar10, cifar100 or MEAN/STD such as 0.5,0.5,0.5/0.25,0.25,0.25 '
+                       '(default: none)')
+
+    group = parser.add_argument_group('data')
+    group.add_argument('--dataset', choices=DATASETS, help='default: what the checkpoint says')
+    group.add_argument('--data-dir', default='./data', metavar='DIR',
+                       help='where the data set is, or is downloaded to (default: ./data)')
+    group.add_argument('--split', choices=('test', 'train'), default='test', help='default: test')
+    group.add_argument('--n-examples', type=count, metavar='N',
+                       help='only the first N images, from 1 (default: all)')
+
+    group = parser.add_argument_group('attacks')
+    group.add_argument('--attacks', nargs='+', choices=ATTACKS, default=list(ATTACKS[:6]),
+                       metavar='A', help=f"from {', '.join(ATTACKS)} (default: "
+                       f"{' '.join(ATTACKS[:6])}); clean is always there")
+    radii = ', '.join(f"{name} {epsilon_text(spec['epsilon'])}" for name, spec in DATASETS.items())
+    group.add_argument('--epsilon', type=unit, metavar='E', help='L-infinity radius, pixels in '
+                       f'[0, 1]; the steps scale with it (default: {radii})')
+    group.add_argument('--aa-epsilon', type=unit, metavar='E', help='another radius for autoattack '
+                       "and its four; the paper's is 0.031 on CIFAR (default: --epsilon)")
+    group.add_argument('--restarts', type=count, default=1, metavar='N',
+                       help='random starts of PGD and LS, from 1 (default: 1)')
+    group.add_argument('--ls-scale', type=positive_finite, default=10.0, metavar='S',
+                       help='what ls multiplies the logits by in its loss, above 0 (default: 10)')
+    group.add_argument('--worst-case', action='store_true',
+                       help='each attack only on what withstood those before it: sooner at the '
+                       'worst case, but then a column (+) is not of one attack alone')
+
+    group = parser.add_argument_group('run')
+    group.add_argument('--batch-size', type=count, default=250, metavar='N', help='default: 250')
+    group.add_argument('--seed', type=count_or_zero, default=1, metavar='S',
+                       help='of the random starts, from 0 (default: 1)')
+    group.add_argument('--no-cuda', action='store_true', help='evaluate on the CPU')
+
+    group = parser.add_argument_group('reports')
+    group.add_argument('--entropy-threshold', type=non_negative, default=1.5, metavar='T',
+                       help='an entropy above it counts as high, in nats, from 0 (default: 1.5)')
+    group.add_argument('--figures', metavar='DIR',
+                       help='write the figures there, and the numbers behind each as CSV')
+    group.add_argument('--tsne-classes', nargs=2, metavar='CLASS', help='the two classes of '
+                       'tsne.png (default: the first two, e.g. airplane automobile, or 0 1)')
+    group.add_argument('--csv', metavar='FILE', help='write the numbers there too, as fractions')
+    group.add_argument('--json', metavar='FILE', help='the same, with all settings and versions')
+    return parser.parse_args(argv), parser
+
+
+def prepare(args):
+    """Look for all that can be wrong before any work starts, and complete args.
+
+    Returns the models {name: model}, images, labels, and the t-SNE's two classes {label: name}.
+    Raises ValueError, OSError or ImportError with a line for the user.
+    """
+    args.model_path = list(dict.fromkeys(args.model_path))
+    loaded = {name: models.load_model(path, args.arch, normalize=args.normalize)
+              for name, path in zip(row_names(args.model_path), args.model_path)}
+    found = {args.dataset or model.dataset for model in loaded.values()}
+    args.dataset = next(iter(found))
+    if len(found) > 1 or args.dataset not in DATASETS:
+        raise ValueError(f"the checkpoints are for {', '.join(map(str, found))}: "
+                         f"give one --dataset, of {', '.join(DATASETS)}, for all of them")
+    spec = DATASETS[args.dataset]
+    for path, model in zip(args.model_path, loaded.values()):
+        shapes = [p.shape for p in model.parameters()]
+        if (shapes[-1][0], shapes[0][1]) != (spec['num_classes'], spec['in_channels']):
+            raise ValueError(
+                f'{path} has {shapes[-1][0]} classes and takes {shapes[0][1]}-channel images; '
+                f"{args.dataset} has {spec['num_classes']} and {spec['in_channels']}")
+        check_fit(args.dataset, 'smallcnn' if isinstance(model, models.SmallCNN) else None)
+    args.epsilon = args.epsilon or spec['epsilon']
+    args.aa_epsilon = args.aa_epsilon or args.epsilon
+    if {'autoattack', *AUTOATTACK} & set(args.attacks):
+        find_autoattack()
+    if args.figures:
+        import matplotlib.pyplot
+        import sklearn.manifold
+        os.makedirs(args.figures, exist_ok=True)
+    written = args.csv, args.json, args.figures and os.path.join(args.figures, '')
+    for path in filter(None, written):
+        try:
+            tempfile.TemporaryFile(dir=os.path.dirname(path) or '.').close()
+            if path in (args.csv, args.json) and os.path.isdir(path):
+                raise IsADirectoryError(None, 'it is a directory')
+        except OSError as error:
+            raise ValueError(f'{path} cannot be written ({error.strerror})') from None
+    images, labels = load_data(args.dataset, args.data_dir, args.split == 'train', args.n_examples,
+                               pick_device(args.no_cuda))
+    classes = {}
+    if args.figures:
+        names = class_names(args.dataset, args.data_dir)
+        chosen = args.tsne_classes or names[:2]
+        if len({*chosen} & {*names}) < 2:
+            raise ValueError(f"--tsne-classes {' '.join(chosen)}: not two of {', '.join(names)}")
+        classes = {names.index(name): name for name in chosen}
+    return loaded, images, labels, classes
+
+
+def measure(args, loaded, images, labels, classes):
+    """The columns; a dict of measurements for each model; and its adversarial features by name."""
+    columns = plan_columns(args.attacks, args.epsilon, args.aa_epsilon, args.worst_case)
+    if args.figures:
+        columns.setdefault('pgd20', ('pgd20', args.epsilon, None))
+    data = images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()
+    data = dict(dataset=args.dataset, split=args.split, data=hashlib.sha256(data).hexdigest())
+    rows, features = [], {}
+    for (name, model), path in zip(loaded.items(), args.model_path):
+        model.to(images.device, memory_format=torch.channels_last)
+        row = {'model': name, 'path': path, 'n': len(labels), 'weights': weights_hash(model)}
+        outcome, entropies = evaluate_model(
+            model, images, labels, columns, Results(path), {**data, 'weights': row['weights']},
+            name, args.batch_size, args.seed, args.restarts, args.ls_scale)
+        row['accuracy'] = {title: correct.mean().item() for title, correct in outcome.items()}
+        if entropies is not None:
+            row['report'] = entropy_report(entropies, outcome['pgd20'], args.entropy_threshold)
+            row['entropies'] = entropies
+        if args.figures:
+            features[name] = adversarial_features(model, images, labels, classes, args.epsilon,
+                                                  args.batch_size, args.seed)
+        rows.append(row)
+        model.cpu()
+    return columns, rows, features
+
+
+def print_tables(args, heads, rows):
+    """The accuracies and, if pgd20 was run on all examples, the entropies: Markdown on stdout."""
+    def percent(values):
+        return ['-' if math.isnan(v) else f'{100 * v:.2f}' for v in values]
+    which = 'the first' if args.n_examples else 'all'
+    print(f"Accuracy in % on {which} {rows[0]['n']:,} {args.split} images of {args.dataset}, by "
+          f'attack (epsilon); seed {args.seed}, batches of {args.batch_size}, random starts of PGD '
+          f'and LS {args.restarts}, LS scale {args.ls_scale:g}\n')
+    print(markdown(['model', 'n', *heads], [
+        [row['model'], row['n'], *percent(row['accuracy'].values())] for row in rows]))
+    if 'report' in rows[0]:
+        t = f'{args.entropy_threshold:g}'
+        print('\nEntropy of the predictions on the examples of pgd20, and the accuracy on them\n')
+        print(markdown(['model', 'n', 'mean (nats)', f'above {t} (%)', f'accuracy above {t} (%)',
+                        f'accuracy up to {t} (%)'],
+                       [[row['model'], row['n'], f"{row['report']['entropy']:.3f}",
+                         *percent(list(row['report'].values())[1:])] for row in rows]))
+
+
+def write_files(args, columns, heads, rows, features, classes, device):
+    """What --csv, --json and --figures ask for."""
+    if args.csv:
+        write_csv(args.csv, ['model', 'path', 'n', *heads, *rows[0].get('report', [])],
+                  [[row['model'], row['path'], row['n'], *row['accuracy'].values(),
+                    *row.get('report', {}).values()] for row in rows])
+    if args.json:
+        content = [{k: v for k, v in row.items() if k != 'entropies'} for row in rows]
+        for row in content:  # JSON has no NaN
+            row['report'] = {k: None if math.isnan(v) else v
+                             for k, v in row.get('report', {}).items()}
+        with open(args.json, 'w') as f:
+            json.dump({'args': vars(args), 'columns': columns, 'versions': versions(device),
+                       'models': content}, f, indent=1)
+    if args.figures:
+        num_classes, threshold = DATASETS[args.dataset]['num_classes'], args.entropy_threshold
+        plot_entropy_histogram({row['model']: row['entropies'] for row in rows}, num_classes,
+                               threshold, args.figures)
+        strongest = min(list(rows[0]['accuracy'])[1:],
+                        key=lambda title: sum(row['accuracy'][title] for row in rows))
+        plot_entropy_vs_robustness(
+            {row['model']: (row['report']['high_entropy'], row['accuracy'][strongest])
+             for row in rows}, strongest, threshold, args.figures)
+        if min(len(y) for _, y in features.values()) < 5:
+            print('no tsne.png: fewer than 5 examples of its two classes', file=sys.stderr)
+        else:
+            plot_tsne(features, classes, args.seed, args.figures)
+        logs = {row['model']: log for row in rows if (log := read_log(row['path']))}
+        if logs:
+            plot_training_curves(logs, args.figures)
+        else:
+            print('no training_curves.png: no log.csv beside any model', file=sys.stderr)
+
+
+def main(argv=None):
+    args, parser = parse_args(argv)
+    try:
+        loaded, images, labels, classes = prepare(args)
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(error)
+    try:
+        columns, rows, features = measure(args, loaded, images, labels, classes)
+        heads = [title if attack == 'clean' else f'{title} ({epsilon_text(epsilon)})'
+                 for title, (attack, epsilon, _) in columns.items()]
+        print_tables(args, heads, rows)
+        write_files(args, columns, heads, rows, features, classes, images.device)
+    except torch.cuda.OutOfMemoryError:
+        parser.error(f'out of GPU memory: try a --batch-size below {args.batch_size}')
+    except OSError as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, 'interrupted; the same command goes on where it was\n')
+
+
+if __name__ == '__main__':
+    main()

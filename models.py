@@ -7,14 +7,20 @@ All networks take images in [0, 1] and return logits. Parameter names are those 
 GAIRAT and AWP repositories and of RobustBench, so weights travel both ways.
 """
 import contextlib
+import csv
+import fcntl
+import math
 import os
 import pickle
 import re
+import sys
+import warnings
 import zipfile
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 ARCHS = ('preactresnet18', 'resnet18', 'wideresnet28-10', 'wideresnet34-10', 'smallcnn')
 NORMALIZATIONS = {'cifar10': ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
@@ -29,6 +35,7 @@ class Network(nn.Module):
     weights that changed in between.
     """
     amp = False
+    dataset = None  # that a checkpoint was trained on, where load_model found it in the file
 
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
@@ -213,38 +220,71 @@ def save_checkpoint(content, path):
     os.replace(partial, path)
 
 
-def read_checkpoint(path):
-    """The content of a file written by torch.save, on the CPU, without running any code that it may hold.
+class _Ignored:
+    """Stands in for what people save beside the weights, so that nothing of it is ever built."""
 
-    Raises FileNotFoundError, or ValueError with one line that names the file: not a checkpoint, cut off, or a
-    pickle that asks for anything but tensors and plain containers.
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# argparse's Namespace, NumPy's scalars and arrays (numpy.core: before 2.0)
+_IGNORED = [type(name, (_Ignored,), {'__module__': module}) for module, name in (
+    ('argparse', 'Namespace'), ('numpy', 'dtype'), ('numpy', 'ndarray'),
+    ('numpy.core.multiarray', 'scalar'), ('numpy.core.multiarray', '_reconstruct'),
+    ('numpy._core.multiarray', 'scalar'), ('numpy._core.multiarray', '_reconstruct'))]
+
+
+def read_checkpoint(path):
+    """The content of a file by torch.save, on the CPU, without running code that it may hold.
+
+    Raises FileNotFoundError, or ValueError with one line that names the file: not a checkpoint, cut
+    off or damaged, or a pickle that asks for anything but tensors, plain containers and _IGNORED.
     """
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except (FileNotFoundError, IsADirectoryError):
+        with open(path, 'rb') as f:
+            head = f.read(16)
+    except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such file') from None
-    except pickle.UnpicklingError as error:
+    except OSError as error:
+        raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_IGNORED):
+            warnings.simplefilter('ignore')  # on unusual pickle protocols
+            content = torch.load(path, map_location='cpu', weights_only=True)
+        # torch.load does not look at the checksums that torch.save writes
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise zipfile.BadZipFile(damaged)
+        return content
+    except Exception as error:  # a parser of arbitrary bytes raises whatever it stumbles on
         code = re.search(r'GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)', str(error))
-        if code:
-            raise ValueError(f'{path}: refused, its pickle would run code ({code[1] or code[2]})') from None
-        raise ValueError(f'{path}: not a checkpoint') from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-            UnicodeDecodeError, zipfile.BadZipFile) as error:
-        reason = 'cut off or damaged' if 'zip' in str(error) or 'central directory' in str(error) else 'not a checkpoint'
+        # how torch.save's files begin, the new and the old format
+        began_well = head.startswith((b'PK\3\4', b'\x80\2\x8a\nl\xfc\x9cF\xf9'))
+        if isinstance(error, pickle.UnpicklingError) and code:
+            reason = f'refused, its pickle would run code ({code[1] or code[2]})'
+        elif began_well and (isinstance(error, zipfile.BadZipFile) or not zipfile.is_zipfile(path)):
+            reason = 'cut off or damaged'
+        elif head[:1] == b'\x80' and not began_well:
+            reason = 'refused, a pickle that torch.load does not read with weights_only=True'
+        else:
+            reason = 'not a checkpoint'
         raise ValueError(f'{path}: {reason}') from None
 
 
 def find_state_dict(content):
     """The weights in a checkpoint, {name: tensor}, with the wrappers' prefixes taken off; ValueError if none."""
-    while isinstance(content, dict):
-        if content and all(isinstance(v, torch.Tensor) for v in content.values()):
+    content = content if isinstance(content, dict) else None
+    while content is not None:
+        if content and all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items()):
             break
         keys = ('ema_state_dict', 'state_dict', 'model_state_dict', 'net', 'model')
-        content = next((content[k] for k in keys if content.get(k) is not None), None)
-    if content is None or not isinstance(content, dict):
-        raise ValueError('holds no state_dict')
+        content = next((content[k] for k in keys if isinstance(content.get(k), dict)), None)
     # n_averaged: torch's AveragedModel counts in it; sub_block1: never used by TRADES' and MART's WideResNet
-    state = {k: v for k, v in content.items() if k != 'n_averaged'}
+    state = {k: v for k, v in (content or {}).items() if k != 'n_averaged'}
+    if not state:
+        raise ValueError('holds no state_dict')
     prefixes = ('module.0.', 'module.', 'model.', '_orig_mod.')
     while prefix := next((p for p in prefixes if all(k.startswith(p) for k in state)), None):
         state = {k[len(prefix):]: v for k, v in state.items()}
@@ -255,7 +295,7 @@ def infer_arch(state):
     """(arch, num_classes, in_channels, final_bn) from the names and shapes of a state_dict; ValueError if unknown."""
     head = next((k for k in ('linear.weight', 'fc.weight', 'classifier.fc3.weight') if k in state), None)
     first = next((k for k in ('conv1.weight', 'feature_extractor.conv1.weight') if k in state), None)
-    if head is None or first is None:
+    if head is None or first is None or (state[head].ndim, state[first].ndim) != (2, 4):
         raise ValueError(f"names of no known network ({', '.join(sorted(state)[:3])}, ...)")
     blocks = [k for k in state if re.fullmatch(r'block1\.layer\.\d+\.conv1\.weight', k)]
     if blocks:
@@ -275,7 +315,8 @@ def parse_normalization(text):
         return NORMALIZATIONS[text]
     try:
         mean, std = ([float(v) for v in part.split(',')] for part in text.split('/'))
-        if len(mean) in (1, 3) and len(std) in (1, 3) and min(std) > 0:
+        finite = all(map(math.isfinite, mean + std))
+        if len(mean) in (1, 3) and len(std) in (1, 3) and finite and min(std) > 0:
             return mean, std
     except ValueError:
         pass
@@ -288,13 +329,19 @@ def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
     path: a bare state_dict, or one under 'ema_state_dict', 'state_dict', 'model_state_dict', 'net' or 'model', with the
     prefixes module., model., _orig_mod. and module.0. in any nesting. arch, num_classes: checked against the
     file, and read off the shapes where None. normalize: see parse_normalization. Loading is strict.
+    Its attribute `dataset` is what the file says under that name, or None.
     Raises FileNotFoundError or ValueError with one line that names the file.
     """
     normalize = parse_normalization(normalize)
     content = read_checkpoint(path)
     try:
         state = find_state_dict(content)
-        found_arch, classes, in_channels, final_bn = infer_arch(state)
+        try:
+            found_arch, classes, in_channels, final_bn = infer_arch(state)
+        except ValueError:
+            if arch is None:
+                raise
+            found_arch, classes, in_channels, final_bn = arch, num_classes or 10, None, True
         if num_classes is not None and num_classes != classes:
             raise ValueError(f'has {classes} classes, not {num_classes}')
         model = build_model(arch or found_arch, classes, in_channels, final_bn)
@@ -308,10 +355,182 @@ def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
             raise ValueError(f'does not fit {arch or found_arch}: {odd} has shape {tuple(state[odd].shape)}, '
                              f'not {tuple(expected[odd].shape)}')
         model.load_state_dict(state)
-    except ValueError as error:
+        odd = next((k for k, v in model.state_dict().items() if not v.isfinite().all()), None)
+        if odd:
+            raise ValueError(f'{odd} is not finite: the training that wrote it diverged')
+        if normalize:
+            channels = max(map(len, normalize))
+            if channels not in (1, in_channels):
+                raise ValueError(f'takes {in_channels}-channel images, normalize has {channels}')
+            model.set_normalization(*normalize)
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f'{path}: {error}') from None
-    if normalize:
-        if max(map(len, normalize)) > 1 != in_channels and in_channels != max(map(len, normalize)):
-            raise ValueError(f'{path}: takes {in_channels}-channel images, normalize has {max(map(len, normalize))}')
-        model.set_normalization(*normalize)
+    model.dataset = content.get('dataset') if isinstance(content.get('dataset'), str) else None
     return model.to(device).eval()
+
+
+def read_run(directory, algorithm):
+    """The content of a run's last.pt; FileNotFoundError or ValueError with one line that names the file."""
+    path = os.path.join(directory, 'last.pt')
+    content = read_checkpoint(path)
+    keys = {'algorithm', 'args', 'state_dict', 'optimizer', 'epoch', 'step', 'total', 'seconds', 'log'}
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise ValueError(f'{path}: not a checkpoint that a run can go on from')
+    if content['algorithm'] != algorithm:
+        raise ValueError(f"{path}: a run of train_{content['algorithm']}.py, not of train_{algorithm}.py")
+    return content
+
+
+def claim_directory(path, new):
+    """Make the directory and lock it until this process ends, however it ends; returns the lock.
+
+    Raises ValueError where another process has it or, for a new run, where it holds one; OSError
+    where it cannot be written.
+    """
+    os.makedirs(path, exist_ok=True)
+    lock = open(os.path.join(path, '.lock'), 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f'{path}: another process is training there') from None
+    if new and any(name.endswith('.pt') for name in os.listdir(path)):
+        lock.close()
+        raise ValueError(f'{path} already holds a run; --resume it, or choose another --model-dir')
+    return lock
+
+
+def save_run(directory, names, content):
+    """Write content to <name>.pt for each name, and its log as log.csv; returns what failed, or None.
+
+    A failure is said on stderr and no more: the run goes on, and the next save may work.
+    """
+    try:
+        for name in names:
+            save_checkpoint(content, os.path.join(directory, f'{name}.pt'))
+        with open(os.path.join(directory, 'log.csv'), 'w', newline='') as f:
+            writer = csv.DictWriter(f, content['log'][0] if content['log'] else [])
+            writer.writeheader()
+            writer.writerows(content['log'])
+    except (OSError, RuntimeError) as error:
+        failure = f'could not save in {directory}: {error}'
+        print(f'{failure}; going on, the next save tries again', file=sys.stderr, flush=True)
+        return failure
+
+
+def best_row(log):
+    """The epoch of highest PGD-10 accuracy, of the averaged weights where there are such."""
+    return max(log, key=lambda row: row.get('ema_pgd10', row['pgd10']))
+
+
+def all_finite(model):
+    """Whether no weight is NaN or infinite."""
+    return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
+
+
+# ---------------------------------------------------------------- several processes (torchrun)
+
+def init_processes(device):
+    """(rank, number of processes): (0, 1), or what torchrun says; then torch.distributed runs."""
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1 and not torch.distributed.is_initialized():
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group()  # NCCL for what is on GPUs, Gloo on CPUs
+    return int(os.environ.get('RANK', 0)), world
+
+
+def over_processes(model):
+    """The same weights in all processes and, on GPUs, batch statistics over the whole batch."""
+    if torch.distributed.is_initialized():
+        if next(model.parameters()).is_cuda:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+    return model
+
+
+def sum_over_processes(model, loss):
+    """Add up the gradients, in place, and the losses of all processes, in one message; returns the sum."""
+    if not torch.distributed.is_initialized():
+        return loss
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads] + [loss.to(grads[0].dtype).view(1)])
+    torch.distributed.all_reduce(flat)
+    for g, part in zip(grads, flat[:-1].split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
+    return flat[-1]
+
+
+def any_process(flag):
+    """Whether flag is true in any process."""
+    if not torch.distributed.is_initialized():
+        return bool(flag)
+    flag = torch.tensor(float(bool(flag)))
+    torch.distributed.all_reduce(flag)
+    return flag.item() > 0
+
+
+# ---------------------------------------------------------------- weights that move
+
+def perturb_weights(model, gamma):
+    """Adversarial weight perturbation (Wu et al., 2020): w += gamma * ||w|| / ||g|| * g, g = w.grad.
+
+    Moves the weights of convolutions and linear layers; returns what restore_weights takes back.
+    The official proxy network amounts to this: its learning rate cancels in the normalisation.
+    """
+    kept = [(m.weight, m.weight.detach().clone()) for m in model.modules()
+            if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with torch.no_grad():
+        for w, _ in kept:
+            w += gamma * w.norm() / (w.grad.norm() + 1e-12) * w.grad
+    return kept
+
+
+def restore_weights(kept):
+    """Undo perturb_weights, exactly."""
+    with torch.no_grad():
+        for w, before in kept:
+            w.copy_(before)
+
+
+@contextlib.contextmanager
+def frozen_statistics(model, frozen=True):
+    """Leave the running statistics of batch normalization alone meanwhile, if frozen."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in layers:
+        m.track_running_stats = not frozen
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.track_running_stats = True
+
+
+def average_of(model, decay):
+    """The exponential moving average of a model's weights, with its latest BN buffers.
+
+    Call .update_parameters(model) after each step; .module is the averaged network.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune')
+
+
+def accelerate(model, args, world=1):
+    """Let a Network run as --amp, --tf32 and --compile of args say; its names stay as they are.
+
+    --amp None means: where the network is on a CUDA device that has bfloat16. Compiled are the two
+    batch sizes of training and evaluation; any other, such as the last of an epoch, runs as it
+    is, since each would be compiled anew.
+    """
+    device = next(model.parameters()).device
+    model.amp = args.amp
+    if args.amp is None:
+        model.amp = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    if args.compile:
+        eager, sizes = model.forward, (args.batch_size // world, args.test_batch_size)
+        compiled = torch.compile(eager, mode=args.compile, dynamic=False)
+        model.forward = lambda x: (compiled if len(x) in sizes else eager)(x)

@@ -1,19 +1,21 @@
 """Standard adversarial training (Madry et al., ICLR 2018) and EW-AT (Kim et al., 2021, Eq. 3).
 
     AT      CE(f(x_adv), y)
-    EW-AT   (1 + w) * CE(f(x_adv), y),   w = entropy of f(x_adv) / its batch mean
+    EW-AT   (1 + w) * CE(f(x_adv), y)
+    w       entropy of f(x_adv) over its batch mean
 
 x_adv maximises the cross-entropy within epsilon of x, from a uniform random start.
 
     python train_at.py --entropy-weight                    # CIFAR-10, PreActResNet-18
-    python train_at.py --dataset digits --entropy-weight   # two minutes on a CPU, no download
+    python train_at.py --dataset digits --entropy-weight   # two minutes on a CPU
 
-Since w averages 1, EW-AT doubles the loss: its fair control is --entropy-weight --tau inf (w = 1), not plain AT.
+As w averages 1, EW-AT doubles the loss: its fair control is --entropy-weight --tau inf (w = 1).
 """
-import csv
+import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 
@@ -28,7 +30,7 @@ ALGORITHM = 'at'
 
 
 def batch_mean(values):
-    """Mean of values (B,) over the whole batch: where torch.distributed runs, over the shares of all processes."""
+    """Mean of values (B,) over the whole batch: over all processes where torch.distributed runs."""
     total = torch.stack([values.sum(), torch.ones_like(values).sum()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
@@ -36,15 +38,15 @@ def batch_mean(values):
 
 
 def entropy_weights(logits, tau=1.0):
-    """w (B,): each example's predictive entropy over its batch mean (Eq. 1-2), a constant to autograd.
+    """w (B,), each example's entropy over the batch mean (Eq. 1-2); constant to autograd, mean 1.
 
-    logits: (B, K) of the adversarial examples; tau > 0 divides them, and tau = inf gives w = 1.
-    w averages 1 over the batch; it is 1 as well where every entropy is zero.
+    logits: (B, K), of the adversarial examples; tau > 0 divides them, and tau = inf gives w = 1,
+    as do entropies that are all zero.
     """
     log_p = F.log_softmax(logits.detach() / tau, dim=1)
     entropy = -(log_p.exp() * log_p).sum(1)
     mean = batch_mean(entropy)
-    return torch.where(mean > 0, entropy / mean, 1.0)
+    return torch.where(mean == 0, 1.0, entropy / mean)
 
 
 def random_start(x_natural, epsilon):
@@ -53,7 +55,7 @@ def random_start(x_natural, epsilon):
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """PGD (Eq. 4): maximises CE(f(x_adv), y), from the start x_adv, in eval mode.
+    """Maximises CE(f(x_adv), y) by PGD (Eq. 4) from the start x_adv, in eval mode.
 
     Returns x_adv, within epsilon of x_natural and in [0, 1].
     """
@@ -70,21 +72,22 @@ def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
 
 
 def example_losses(model, x_natural, x_adv, y, entropy_weight=False, tau=1.0, w=None):
-    """Each example's loss (B,), and its entropy weight w (B,), or 0 without: Eq. 3. A w given is used as it is."""
+    """Losses (B,) of Eq. 3, and the w that they take: (B,), or 0; a given w is taken as is."""
     logits_adv = model(x_adv)
     if w is None:
         w = entropy_weights(logits_adv, tau) if entropy_weight else 0
     return (1 + w) * F.cross_entropy(logits_adv, y, reduction='none'), w
 
 
-def at_loss(model, x_natural, y, optimizer, step_size=2/255, epsilon=8/255, perturb_steps=10, entropy_weight=False,
-            tau=1.0):
-    """The scalar (EW-)AT loss to call .backward() on.
+def at_loss(model, x_natural, y, optimizer, step_size=2/255, epsilon=8/255, perturb_steps=10,
+            entropy_weight=False, tau=1.0):
+    """The (EW-)AT loss, a scalar to call .backward() on.
 
-    x_natural: images (B, C, H, W) in [0, 1]; y: labels (B,); step_size, epsilon: in the units of the images;
-    optimizer: for zero_grad() only, may be None. Leaves the model in train mode.
+    x_natural: images (B, C, H, W) in [0, 1], as are step_size and epsilon; y: labels (B,);
+    optimizer: for zero_grad() alone, may be None. Leaves the model in train mode.
     """
-    x_adv = attack(model, x_natural, random_start(x_natural, epsilon), y, step_size, epsilon, perturb_steps)
+    start = random_start(x_natural, epsilon)
+    x_adv = attack(model, x_natural, start, y, step_size, epsilon, perturb_steps)
     if optimizer is not None:
         optimizer.zero_grad()
     return example_losses(model, x_natural, x_adv, y, entropy_weight, tau)[0].mean()
@@ -99,80 +102,80 @@ def loss_options(args, epoch):
 
 
 # ======== below this line all train_*.py are identical ========
-# What the paper's protocol sets by data set. digits is ours: all eight methods learn it in 15 epochs.
-CIFAR = dict(arch='preactresnet18', epochs=110, lr=0.1, lr_milestones=[100, 105], weight_decay=5e-4, batch_size=128,
-             step_size=2 / 255, num_steps=10)
-PROTOCOL = {
-    'cifar10': CIFAR,
-    'cifar100': CIFAR,
-    'mnist': dict(arch='smallcnn', epochs=100, lr=0.01, lr_milestones=[20, 40], weight_decay=1e-4, batch_size=128,
-                  step_size=0.01, num_steps=40),
-    'digits': dict(arch='smallcnn', epochs=15, lr=0.02, lr_milestones=[11, 14], weight_decay=1e-4, batch_size=64,
-                   step_size=0.025, num_steps=10),
-}
-for name, values in PROTOCOL.items():
-    values['epsilon'] = evaluate.DATASETS[name]['epsilon']
+# What a resumed run may be given anew: it leaves the result alone (and --epochs may only grow).
+RESUMABLE = ('resume', 'model_dir', 'data_dir', 'epochs', 'log_interval', 'save_freq',
+             'save_every_minutes', 'no_cuda')
 
 
 def parse_args(argv=None):
-    """The arguments, complete and checked, and the parser; a mistake ends the program with one line and status 2."""
-    protocol = '\n'.join(f'  {name}: {", ".join(f"{k} {v}" for k, v in values.items())}'
-                         for name, values in PROTOCOL.items())
-    parser = evaluate.ArgumentParser(
-        description=__doc__, epilog=f"The protocol of the paper (digits: ours), by data set:\n{protocol}\n"
-        "With other --epochs, the milestones keep their share of the run.")
+    """The arguments, complete and checked, and the parser."""
+    parser = evaluate.ArgumentParser(description=__doc__, epilog=evaluate.protocol_help())
     group = parser.add_argument_group('algorithm')
     add_algorithm_args(group)
-    group.add_argument('--entropy-weight', action='store_true',
-                       help="add each example's entropy weight w to the coefficient of its adversarial loss (EWAT)")
-    group.add_argument('--tau', type=evaluate.positive, default=1.0, metavar='T',
-                       help='temperature of the entropy, above 0; inf: w = 1 for all, the control (default: 1)')
-    group.add_argument('--epsilon', type=evaluate.unit, metavar='E',
-                       help='L-infinity radius of the attack, pixels in [0, 1], e.g. 8/255 (default: by data set)')
-    group.add_argument('--step-size', type=evaluate.unit, metavar='A', help='step of the attack (default: by data set)')
-    group.add_argument('--num-steps', type=evaluate.count, metavar='K', help='steps of the attack (default: by data set)')
-
-    group = parser.add_argument_group('data')
-    group.add_argument('--dataset', choices=evaluate.DATASETS, default='cifar10', help='default: cifar10')
-    group.add_argument('--data-dir', default='./data', metavar='DIR',
-                       help='where the data set is, or is downloaded to (default: ./data); digits needs none')
-    group.add_argument('--train-size', type=evaluate.count, metavar='N', help='only the first N training images')
-    group.add_argument('--test-size', type=evaluate.count, metavar='N', help='only the first N test images')
-
-    group = parser.add_argument_group('optimisation')
-    group.add_argument('--arch', metavar='NAME', help=f'{", ".join(models.ARCHS)} (default: by data set)')
-    group.add_argument('--batch-size', type=evaluate.count, metavar='N', help='default: by data set')
-    group.add_argument('--epochs', type=evaluate.count, metavar='N', help='default: by data set')
-    group.add_argument('--lr', type=evaluate.positive_finite, metavar='LR', help='learning rate (default: by data set)')
-    group.add_argument('--lr-milestones', type=evaluate.count, nargs='*', metavar='E',
-                       help='divide the learning rate by 10 once E epochs are done, for each E (default: by data set)')
-    group.add_argument('--momentum', type=evaluate.non_negative, default=0.9, metavar='M', help='of SGD (default: 0.9)')
-    group.add_argument('--weight-decay', '--wd', type=evaluate.non_negative, metavar='W', help='default: by data set')
-
-    group = parser.add_argument_group('run')
-    group.add_argument('--seed', type=evaluate.count_or_zero, default=1, metavar='S', help='default: 1')
-    group.add_argument('--model-dir', metavar='DIR', help='default: runs/DATASET-ALGORITHM-seedS; must hold no run yet')
-    group.add_argument('--test-batch-size', type=evaluate.count, default=512, metavar='N', help='default: 512')
-    group.add_argument('--log-interval', type=evaluate.count, default=100, metavar='N',
-                       help='batches between two reports of the loss (default: 100)')
-    group.add_argument('--save-freq', type=evaluate.count_or_zero, default=0, metavar='N',
-                       help='keep epoch-E.pt every N epochs, beside last.pt and best.pt (default: 0, none)')
-    group.add_argument('--no-cuda', action='store_true', help='train on the CPU')
+    add = group.add_argument
+    add('--entropy-weight', action='store_true',
+        help='EWAT: add the entropy weight w to the coefficient of each loss term in x_adv')
+    add('--tau', type=evaluate.positive, default=1.0,
+        help='temperature of the entropy, above 0; inf: w = 1, the control without entropy')
+    add('--epsilon', type=evaluate.unit, help='L-infinity radius, pixels in [0, 1]; by data set')
+    add('--step-size', type=evaluate.unit, help='of the attack, e.g. 2/255; by data set')
+    add('--num-steps', type=evaluate.count, help='of the attack; by data set')
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', choices=evaluate.DATASETS, default='cifar10')
+    add('--data-dir', default='./data', help='where it is, or is downloaded to')
+    add('--train-size', type=evaluate.count, help='the first N training images only')
+    add('--test-size', type=evaluate.count, help='the first N test images only')
+    add('--val-size', type=evaluate.count_or_zero, default=0, help='hold out the last N training '
+        'images, class-balanced, and select best.pt on them; 0: on the test images, optimistic')
+    add('--extra-data', metavar='FILE.npz', help='more images: `image` uint8 (N, H, W, C), `label`')
+    add('--extra-fraction', type=evaluate.unit, default=0.7, help='of every batch')
+    add('--steps-per-epoch', type=evaluate.count, help='(default: what the original images make)')
+    add = parser.add_argument_group('optimisation').add_argument
+    add('--arch', help=f'{", ".join(models.ARCHS)}; by data set')
+    add('--batch-size', type=evaluate.count, help='of all processes together; by data set')
+    add('--epochs', type=evaluate.count, help='by data set')
+    add('--lr', type=evaluate.positive_finite, help='learning rate; by data set')
+    add('--lr-schedule', choices=('multistep', 'cosine', 'onecycle'), default='multistep')
+    add('--lr-warmup', type=evaluate.non_negative, default=0.0, help='epochs of linear rise from 0')
+    add('--lr-milestones', type=evaluate.count, nargs='*',
+        help='multistep: the epochs after which it is divided by 10; by data set')
+    add('--momentum', type=evaluate.non_negative, default=0.9)
+    add('--weight-decay', '--wd', type=evaluate.non_negative, help='by data set')
+    add('--awp-gamma', type=evaluate.non_negative, default=0.0, help='adversarial weight '
+        'perturbation, e.g. 0.005 for TRADES and 0.01 for AT; 0: none')
+    add('--awp-warmup', type=evaluate.count_or_zero, default=10, help='epochs before it begins')
+    add('--ema', type=evaluate.fraction, metavar='DECAY',
+        help='average the weights, e.g. 0.995, and select best.pt by the average')
+    add = parser.add_argument_group('speed').add_argument
+    add('--amp', action=argparse.BooleanOptionalAction,
+        help='the network in bfloat16, all else in float32 (default: where CUDA has it)')
+    add('--tf32', action='store_true', help='TensorFloat-32 for what is float32')
+    add('--compile', nargs='?', const='default', choices=models.COMPILE_MODES,
+        help='torch.compile the network, in this mode (default, if none is named: default)')
+    add = parser.add_argument_group('run').add_argument
+    add('--seed', type=evaluate.count_or_zero, default=1)
+    add('--model-dir', help='holds no run yet (default: runs/DATASET-[ew-]ALGORITHM-seedSEED)')
+    add('--resume', metavar='MODEL_DIR',
+        help=f'go on with that run; given anew may be its {", ".join(RESUMABLE[2:])}')
+    add('--save-every-minutes', type=evaluate.positive, default=15.0, help='inside an epoch')
+    add('--save-freq', type=evaluate.count_or_zero, default=0,
+        help='keep epoch-E.pt every N epochs; 0: last.pt and best.pt alone')
+    add('--log-interval', type=evaluate.count, default=100, help='steps between two reports')
+    add('--test-batch-size', type=evaluate.count, default=512)
+    add('--no-cuda', action='store_true', help='train on the CPU')
 
     args = parser.parse_args(argv)
-    protocol = dict(PROTOCOL[args.dataset])
-    if args.epochs is not None:
-        share = args.epochs / protocol['epochs']
-        protocol['lr_milestones'] = [math.ceil(m * share) for m in protocol['lr_milestones']]
-    if args.lr_milestones is not None and args.lr_milestones != sorted(set(args.lr_milestones)):
-        parser.error(f'--lr-milestones {args.lr_milestones} do not rise')
-    for name, value in protocol.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if 'begin_epoch' in args:  # GAIRAT's
-        args.begin_epoch = args.begin_epoch or max(1, args.epochs // 2)
-        if args.begin_epoch > args.epochs:
-            parser.error(f'--begin-epoch {args.begin_epoch} is past the end, epoch {args.epochs}')
+    try:
+        if args.resume:
+            saved = models.read_run(args.resume, ALGORITHM)['args'] | {'model_dir': args.resume}
+            return parser.parse_resumed(argv, saved, RESUMABLE), parser
+        evaluate.fill_protocol(args)
+        if 'begin_epoch' in args:  # GAIRAT's
+            args.begin_epoch = args.begin_epoch or max(1, args.epochs // 2)
+            if args.begin_epoch > args.epochs:
+                raise ValueError(f'--begin-epoch {args.begin_epoch} is past epoch {args.epochs}')
+    except (ValueError, OSError) as error:
+        parser.error(error)
     if args.model_dir is None:
         name = ('ew-' if args.entropy_weight else '') + ALGORITHM
         args.model_dir = os.path.join('runs', f'{args.dataset}-{name}-seed{args.seed}')
@@ -180,104 +183,170 @@ def parse_args(argv=None):
 
 
 def augment(images):
-    """Random crop of the images (B, C, H, W) padded by 4, and random horizontal flip, each image its own."""
-    size, batch, device = images.shape[-1], len(images), images.device
-    offset = torch.randint(0, 9, (2, batch, 1), device=device)
+    """Random crop of images (B, C, H, W) padded by 4, and random flip, each image its own."""
+    batch, size, device = len(images), images.shape[-1], images.device
+    offset = torch.randint(9, (2, batch, 1), device=device)
     rows, columns = torch.arange(size, device=device) + offset
-    columns = torch.where(torch.rand(batch, 1, device=device) < 0.5, columns.flip(1), columns)
+    flip = torch.rand(batch, 1, device=device) < 0.5
+    columns = torch.where(flip, columns.flip(1), columns)
     images = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
-    return images[torch.arange(batch, device=device)[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    return images[torch.arange(batch, device=device)[:, None, None], rows[:, :, None],
+                  columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def learning_rate(args, epoch):
-    """After `epoch` epochs are done."""
-    return args.lr * 0.1 ** sum(epoch >= m for m in args.lr_milestones)
+def learning_rate(args, epoch, progress):
+    """After `epoch` epochs and the share `progress` of the next."""
+    t = (epoch + progress) / args.epochs
+    shape = {'multistep': 0.1 ** sum(epoch >= m for m in args.lr_milestones),
+             'cosine': (1 + math.cos(math.pi * t)) / 2,
+             'onecycle': min(t / 0.4, (1 - t) / 0.6)}[args.lr_schedule]
+    return args.lr * shape * min(1, (epoch + progress) / args.lr_warmup if args.lr_warmup else 1)
 
 
-def train_epoch(model, optimizer, images, labels, args, epoch):
-    """One pass over the images; returns the mean loss and the images per second, the first batches left out.
+def train(args, parser):
+    device = evaluate.pick_device(args.no_cuda)
+    rank, world = models.init_processes(device)  # 0 and 1, unless torchrun started several
+    spec = evaluate.DATASETS[args.dataset]
+    try:
+        evaluate.seed_everything(args.seed)
+        model = models.build_model(args.arch, spec['num_classes'], spec['in_channels'])
+        data = evaluate.TrainingData(args, device)
+        lock = rank == 0 and models.claim_directory(args.model_dir, new=not args.resume)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    model = models.over_processes(model.to(device, memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum,
+                                weight_decay=args.weight_decay)
+    ema = models.average_of(model, args.ema) if args.ema else None
+    models.accelerate(model, args, world)
+    # Where the run stands: epochs done, steps done of the next, their summed loss, seconds, log.
+    # Random numbers follow from (seed, epoch, step): there is no random state to keep.
+    at = {'epoch': 0, 'step': 0, 'total': 0.0, 'seconds': 0.0, 'log': []}
+    if args.resume:
+        saved = models.read_run(args.resume, ALGORITHM)
+        model.load_state_dict(saved['state_dict'])
+        optimizer.load_state_dict(saved['optimizer'])
+        if ema:
+            ema.load_state_dict(saved['ema_state_dict'])
+        at = {name: saved[name] for name in at}
+    (epoch, step, total, seconds, log), failure = at.values(), None  # of the last attempt to save
+    total = torch.tensor(total, dtype=torch.float64, device=device)
+    began, next_save = time.time() - seconds, time.time() + 60 * args.save_every_minutes
+    about = {'algorithm': ALGORITHM, 'dataset': args.dataset, 'arch': args.arch,
+             'args': vars(args), 'versions': evaluate.versions(device)}
+    say = print if rank == 0 else lambda *text, **options: None
+    if rank == 0:
+        with open(os.path.join(args.model_dir, 'config.json'), 'w') as f:
+            json.dump(about | {'command': sys.argv, 'processes': world}, f, indent=1)
+    say(f'{ALGORITHM}{" with entropy weights" * args.entropy_weight}: {args.arch}, {args.epochs} '
+        f'epochs of {data.images_per_epoch:,} images of {args.dataset}, {world} process(es) on '
+        f'{about["versions"]["device"]}; kept in {args.model_dir}', flush=True)
 
-    All random numbers of a step come from (seed, epoch, step), so they need no saving to go on from.
-    """
-    device = images.device
-    evaluate.seed_everything(args.seed, epoch)
-    batches = torch.randperm(len(images), device=device).split(args.batch_size)
-    warm_up = min(10, len(batches) // 2)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    bar = tqdm(batches, desc=f'epoch {epoch}/{args.epochs}', unit='batch', leave=False, disable=None)
-    for step, index in enumerate(bar):
-        if step == warm_up:
-            evaluate.synchronize(device)
-            start, timed = time.time(), 0
-        evaluate.seed_everything(args.seed, epoch, step)
-        x, y = images[index], labels[index]
-        x = evaluate.to_float(augment(x) if args.dataset.startswith('cifar') else x)
-        x_adv = attack(model, x, random_start(x, args.epsilon), y, args.step_size, args.epsilon, args.num_steps)
-        optimizer.zero_grad()
-        losses, _ = example_losses(model, x, x_adv, y, entropy_weight=args.entropy_weight, tau=args.tau,
-                                   **loss_options(args, epoch))
-        losses.mean().backward()
-        optimizer.step()
-        total += losses.detach().sum()
-        timed = timed + len(y) if step >= warm_up else 0
-        if (step + 1) % args.log_interval == 0:
-            loss = total.item() / ((step + 1) * args.batch_size)
-            bar.set_postfix(loss=f'{loss:.3f}')
-            if bar.disable:
-                print(f'epoch {epoch}/{args.epochs}  batch {step + 1}/{len(batches)}  loss {loss:.3f}', flush=True)
-    evaluate.synchronize(device)
-    return total.item() / len(images), timed / (time.time() - start)
+    def save(*names):
+        nonlocal failure, next_save
+        next_save = time.time() + 60 * args.save_every_minutes
+        failure = rank == 0 and models.save_run(args.model_dir, names, about | {
+            'epoch': epoch, 'step': step, 'total': total.item(), 'seconds': time.time() - began,
+            'log': log, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(),
+            'ema_state_dict': ema and ema.state_dict()})
+
+    def leave_if_asked():
+        if models.any_process(stop):
+            save('last')
+            parser.exit(128 + (stop + [signal.SIGTERM])[0], f'{parser.prog}: stopped; to go on: '
+                        f'python {parser.prog} --resume {args.model_dir}\n')
+
+    stop = evaluate.catch_signals()
+    while epoch < args.epochs:
+        evaluate.seed_everything(args.seed, epoch)
+        batches = data.draw_epoch()
+        entered, finite, start = step, torch.zeros((), device=device), time.time()
+        warm_up = step + min(10, (len(batches) - step) // 2)
+        bar = tqdm(batches[step:], f'epoch {epoch + 1}/{args.epochs}', unit='batch', leave=False,
+                   disable=None if rank == 0 else True)
+        for batch in bar:
+            lr = learning_rate(args, epoch, (step + 0.5) / len(batches))
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            # Each process draws for the whole batch and takes its share: the same for any number
+            evaluate.seed_everything(args.seed, epoch, step)
+            x, y = data.take(batch)
+            x, size = evaluate.to_float(augment(x) if data.augmented else x), len(y)
+            x_start = random_start(x, args.epsilon)
+            x, x_start, y = (t.tensor_split(world)[rank] for t in (x, x_start, y))
+            evaluate.seed_everything(args.seed, epoch, step, 1 + rank)  # for dropout
+
+            model.requires_grad_(False)  # saves the attack memory, and gradients if compiled
+            adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
+            model.requires_grad_(True)
+            # With AWP, first the gradient to move the weights along, then the one to step along
+            awp, w, moved = args.awp_gamma > 0 and epoch >= args.awp_warmup, None, ()
+            for moving in (True, False) if awp else (False,):
+                with models.frozen_statistics(model, moving):
+                    losses, w = example_losses(model, x, adv, y, entropy_weight=args.entropy_weight,
+                                               tau=args.tau, w=w, **loss_options(args, epoch + 1))
+                optimizer.zero_grad()
+                (losses.sum() / size).backward()
+                loss = models.sum_over_processes(model, losses.detach().sum())
+                if moving:
+                    moved = models.perturb_weights(model, args.awp_gamma)
+            models.restore_weights(moved)
+            total += loss
+            optimizer.step()
+            if ema:
+                ema.update_parameters(model)
+
+            step += 1
+            finite += total.isfinite()
+            if step == warm_up:
+                evaluate.synchronize(device)
+                start = time.time()
+            report, due = step % args.log_interval == 0, time.time() > next_save
+            if report or due or stop or step == len(batches):  # here alone the host waits
+                loss = total.item() / min(step * args.batch_size, data.images_per_epoch)
+                if not (math.isfinite(loss) and models.all_finite(model)):
+                    parser.exit(3, f'{parser.prog}: the loss or a weight is not finite, epoch '
+                                f'{epoch + 1}, step {entered + int(finite) + 1}, learning rate '
+                                f'{lr:g}; the last checkpoint is untouched. Try a lower --lr\n')
+                bar.set_postfix(loss=f'{loss:.3f}')
+                if report and bar.disable:
+                    say(f'epoch {epoch + 1}/{args.epochs}  step {step}/{len(batches)}  '
+                        f'loss {loss:.3f}', flush=True)
+            if step < len(batches):
+                if due:
+                    save('last')
+                leave_if_asked()
+        evaluate.synchronize(device)
+        timed = min(step * args.batch_size, data.images_per_epoch) - warm_up * args.batch_size
+        speed = timed / (time.time() - start)
+        row = {'epoch': epoch + 1, 'lr': lr, 'loss': loss}
+        row |= evaluate.evaluate_epoch(model, *data.held_out, args.epsilon, args.test_batch_size,
+                                       args.seed, average=ema and ema.module)
+        log.append(row | {'images_per_s': speed, 'seconds': time.time() - began})
+        epoch, step = epoch + 1, 0
+        total.zero_()
+        save('last', *['best'] * (models.best_row(log) is log[-1]),
+             *[f'epoch-{epoch}'] * (args.save_freq > 0 and epoch % args.save_freq == 0))
+        say(evaluate.describe(log[-1], args.epochs), flush=True)
+        if evaluate.is_stuck(log, spec['num_classes']):
+            parser.exit(3, f'{parser.prog}: no better than chance for five epochs; best.pt is from '
+                        f'epoch {models.best_row(log)["epoch"]}. Try a lower --lr or --awp-gamma\n')
+        if epoch < args.epochs:
+            leave_if_asked()
+    if failure:
+        parser.exit(1, f'{parser.prog}: {failure}\n')
+    best = models.best_row(log)
+    say(f'best epoch {best["epoch"]}: clean {best["clean"]:.2%}, pgd10 {best["pgd10"]:.2%}. Next: '
+        f'python evaluate.py --model-path {os.path.join(args.model_dir, "best.pt")}')
 
 
 def main():
     args, parser = parse_args()
-    device = evaluate.pick_device(args.no_cuda)
     try:
-        evaluate.check_fit(args.dataset, args.arch)
-        evaluate.seed_everything(args.seed)
-        spec = evaluate.DATASETS[args.dataset]
-        model = models.build_model(args.arch, spec['num_classes'], spec['in_channels'])
-        images, labels = evaluate.load_data(args.dataset, args.data_dir, True, args.train_size, device)
-        test_images, test_labels = evaluate.load_data(args.dataset, args.data_dir, False, args.test_size, device)
-        os.makedirs(args.model_dir, exist_ok=True)
-        if os.listdir(args.model_dir):
-            raise ValueError(f'{args.model_dir} already holds a run; choose another --model-dir')
-        with open(os.path.join(args.model_dir, 'config.json'), 'w') as f:
-            json.dump({'algorithm': ALGORITHM, 'args': vars(args), 'command': sys.argv,
-                       'versions': evaluate.versions(device)}, f, indent=1)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    print(f'{"EW-" if args.entropy_weight else ""}{ALGORITHM.upper()}, {args.arch} on {len(images):,} images of '
-          f'{args.dataset}, {args.epochs} epochs, on {evaluate.versions(device)["device"]}; all goes to {args.model_dir}')
-
-    log = []  # a dict an epoch, the rows of log.csv
-    began = time.time()
-    for epoch in range(1, args.epochs + 1):
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate(args, epoch - 1)
-        loss, speed = train_epoch(model, optimizer, images, labels, args, epoch)
-        row = {'epoch': epoch, 'lr': group['lr'], 'loss': loss}
-        row |= evaluate.evaluate_epoch(model, test_images, test_labels, args.epsilon, args.test_batch_size, args.seed)
-        log.append(row | {'images_per_s': speed, 'seconds': time.time() - began})
-        left = (args.epochs - epoch) * (time.time() - began) / epoch
-        print(f"epoch {epoch}/{args.epochs}  lr {row['lr']:.3g}  loss {loss:.3f}  clean {row['clean']:.2%}  "
-              f"pgd10 {row['pgd10']:.2%}  entropy {row['entropy']:.2f} ({row['high_entropy']:.1%} above 1.5)  "
-              f"{speed:,.0f} images/s  {left / 60:.0f} min left", flush=True)
-
-        best = max(log, key=lambda row: row['pgd10'])
-        checkpoint = {'state_dict': model.state_dict(), 'arch': args.arch, 'dataset': args.dataset,
-                      'algorithm': ALGORITHM, 'args': vars(args), 'epoch': epoch, 'log': log}
-        names = ['last'] + ['best'] * (best is log[-1]) + [f'epoch-{epoch}'] * (args.save_freq > 0 == epoch % max(1, args.save_freq))
-        for name in names:
-            models.save_checkpoint(checkpoint, os.path.join(args.model_dir, f'{name}.pt'))
-        with open(os.path.join(args.model_dir, 'log.csv'), 'w', newline='') as f:
-            writer = csv.DictWriter(f, log[0])
-            writer.writeheader()
-            writer.writerows(log)
-    print(f"best epoch {best['epoch']}: clean {best['clean']:.2%}, pgd10 {best['pgd10']:.2%}, after "
-          f"{time.time() - began:.0f} s. Evaluate it: python evaluate.py --model-path {args.model_dir}/best.pt")
+        train(args, parser)
+    except torch.OutOfMemoryError:
+        parser.exit(1, f'{parser.prog}: out of GPU memory with {args.arch} at --batch-size '
+                    f'{args.batch_size}; a smaller batch, or more processes, need less\n')
 
 
 if __name__ == '__main__':

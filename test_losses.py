@@ -1,0 +1,653 @@
+"""The mathematics: weights, losses and attacks against references written here from the equations.
+
+The references are plain float64 loops over single examples and share no code with the scripts. The
+scripts run on float64 networks and must agree to 1e-10.
+"""
+import ast
+import copy
+import importlib
+import inspect
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+
+import models
+
+NAMES = ['at', 'trades', 'mart', 'gairat']
+SCRIPTS = {name: importlib.import_module(f'train_{name}') for name in NAMES}
+SOURCES = {name: (Path(__file__).parent / f'train_{name}.py').read_text() for name in NAMES}
+DIVIDER = '# ======== below this line all train_*.py are identical'
+OPTIONS = {'at': {}, 'trades': {'beta': 2.5}, 'mart': {'beta': 4.0}, 'gairat': {'psi': -0.7}}
+FORWARDS = {'at': 1, 'trades': 2, 'mart': 2, 'gairat': 1}  # in train mode, in one loss
+WEIGHTINGS = {'plain': {}, 'ew': {'entropy_weight': True}}
+WEIGHTINGS |= {f'tau{t}': {'entropy_weight': True, 'tau': t} for t in (0.5, 5.0, math.inf)}
+STEP, EPSILON, STEPS = 0.04, 0.1, 5  # large enough to reach the surface of the ball, and 0 and 1
+
+every_script = pytest.mark.parametrize('name', NAMES)
+every_weighting = pytest.mark.parametrize('weighting', WEIGHTINGS.values(), ids=WEIGHTINGS.keys())
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the networks here are too small for more
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------- references
+
+def probabilities(row):
+    e = [math.exp(v - max(row)) for v in row]
+    return [v / sum(e) for v in e]
+
+
+def reference_weights(z, weighting):
+    """Eq. 1-2 from logits z (B, K), an array; zeros for the parent methods."""
+    if not weighting:
+        return [0.0] * len(z)
+    tau = weighting.get('tau', 1.0)
+    entropies = [-sum(p * math.log(p) for p in probabilities(row / tau) if p > 0) for row in z]
+    eta = sum(entropies) / len(entropies)
+    return [e / eta for e in entropies]
+
+
+def reference_gamma(kappa, num_steps, psi):
+    gamma = [(1 + math.tanh(psi + 5 * (1 - 2 * k / num_steps))) / 2 for k in kappa]
+    return [g * len(gamma) / sum(gamma) for g in gamma]
+
+
+def reference_losses(name, z, z_adv, y, w, kappa=None, beta=None, psi=None):
+    """Eq. 3, 6, 7, 8 and 11, from the clean and the adversarial logits."""
+    losses = []
+    gamma = reference_gamma(kappa, STEPS, psi) if name == 'gairat' else None
+    for i, label in enumerate(y):
+        p, q = probabilities(z[i]), probabilities(z_adv[i])
+        ce, ce_adv = -math.log(p[label]), -math.log(q[label])
+        kl = sum(a * math.log(a / b) for a, b in zip(p, q))
+        if name == 'at':
+            losses.append((1 + w[i]) * ce_adv)
+        elif name == 'trades':
+            losses.append(ce + (beta + w[i]) * kl)
+        elif name == 'mart':
+            bce = ce_adv - math.log(1 - max(q[k] for k in range(len(q)) if k != label) + 1e-4)
+            losses.append((1 + w[i]) * bce + (beta + w[i]) * kl * (1.0000001 - p[label]))
+        else:
+            losses.append((gamma[i] + w[i]) * ce_adv)
+    return np.array(losses)
+
+
+def objective(name, model, x, x_adv, y):
+    """What the attack maximises, for one example as a batch of one."""
+    log_q = model(x_adv).log_softmax(1)[0]
+    if name == 'trades':
+        log_p = model(x).detach().log_softmax(1)[0]
+        return (log_p.exp() * (log_p - log_q)).sum()
+    return -log_q[y]
+
+
+def reference_attack(name, model, x, start, y, steps=STEPS):
+    """Eq. 4 and 6, one example at a time: x_adv, and kappa, the iterates correct before a step."""
+    model = copy.deepcopy(model).eval()
+    found, kappa = [], []
+    for i in range(len(x)):
+        clean, x_adv, correct = x[i:i + 1], start[i:i + 1], 0
+        for _ in range(steps):
+            x_adv = x_adv.detach().clone().requires_grad_(True)
+            correct += int(model(x_adv)[0].argmax() == y[i])
+            objective(name, model, clean, x_adv, y[i]).backward()
+            moved = x_adv.detach() + STEP * x_adv.grad.sign()
+            x_adv = (clean + (moved - clean).clamp(-EPSILON, EPSILON)).clamp(0, 1)
+        found.append(x_adv.detach().clamp(0, 1))
+        kappa.append(correct)
+    return torch.cat(found), kappa
+
+
+def logits_of(model, *images):
+    with torch.no_grad():
+        return [copy.deepcopy(model)(x).numpy() for x in images]
+
+
+# ---------------------------------------------------------------- what the tests run on
+
+def small_net(dtype=torch.float64):
+    """Smooth, for finite differences, with batch statistics that differ from the running ones."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.SiLU(),
+                        nn.Conv2d(6, 8, 3, 2), nn.BatchNorm2d(8), nn.SiLU(),
+                        nn.Flatten(), nn.Linear(32, 10)).double()
+    with torch.no_grad():
+        net[-1].weight *= 6  # confident, so that entropies and kappa spread
+        for _ in range(20):
+            net(0.7 * torch.rand(64, 1, 8, 8).double())
+    return net.to(dtype)
+
+
+def small_cnn():
+    torch.manual_seed(1)
+    net = models.build_model('smallcnn')
+    nn.init.normal_(net.classifier.fc3.weight, std=0.2)  # it starts at zero: no gradient would pass
+    net.classifier.drop.p = 0.0  # the official TRADES draws one mask more, in its third forward
+    return net
+
+
+def batch(net, size=8, dtype=torch.float64, side=8):
+    """Images with pixels at 0 and 1; three labels in four as `net` sees them, to be attacked."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(size, 1, side, side, generator=generator, dtype=torch.float64)
+    x = (1.6 * x - 0.3).clamp(0, 1).to(dtype)
+    y = copy.deepcopy(net).eval()(x).argmax(1)
+    y[3::4] = (y[3::4] + 1) % 10
+    return x, y
+
+
+def table(scale=3.0):
+    """Clean logits, adversarial logits, labels and kappa; the network on them is the identity."""
+    generator = torch.Generator().manual_seed(3)
+    z, z_adv = scale * torch.randn(2, 12, 10, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 10, (12,), generator=generator)
+    y[::2] = z_adv[::2].argmax(1)  # half are still classified correctly
+    return z, z_adv, y, some_kappa(12)
+
+
+def some_kappa(size):
+    return [i % (STEPS + 1) for i in range(size)]
+
+
+def example_losses(name, model, x, x_adv, y, **options):
+    """The script's, with some_kappa for GAIRAT."""
+    if name == 'gairat':
+        x_adv = x_adv, torch.tensor(some_kappa(len(y)), dtype=x_adv.dtype)
+        options['num_steps'] = STEPS
+    return SCRIPTS[name].example_losses(model, x, x_adv, y, **options)
+
+
+def loss_of(name, model, x, y, optimizer=None, **options):
+    attack = dict(step_size=STEP, epsilon=EPSILON, perturb_steps=STEPS)
+    return getattr(SCRIPTS[name], f'{name}_loss')(model, x, y, optimizer, **{**attack, **options})
+
+
+def attack_of(name, model, x, start, y, steps=STEPS, step=STEP):
+    """x_adv, and kappa or None."""
+    found = SCRIPTS[name].attack(model, x, start, y, step, EPSILON, steps)
+    return found if name == 'gairat' else (found, None)
+
+
+def drawn_start(name, x):
+    """The random start, as the first thing drawn from the generator."""
+    if name in ('trades', 'mart'):
+        return x + 0.001 * torch.randn(x.shape, dtype=x.dtype)
+    return (x + EPSILON * (2 * torch.rand(x.shape, dtype=x.dtype) - 1)).clamp(0, 1)
+
+
+def close(a, b, tolerance=1e-10):
+    a, b = (torch.as_tensor(v, dtype=torch.float64).detach().numpy() for v in (a, b))
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------- entropy weights
+
+@every_script
+def test_entropy_weights(name):
+    weights = SCRIPTS[name].entropy_weights
+    z = table()[0]
+    for tau in (0.5, 1.0, 5.0, math.inf):
+        w = weights(z, tau)
+        close(w, reference_weights(z.numpy(), {'tau': tau}))
+        close(w.mean(), 1.0)
+    close(weights(z), weights(z, 1.0))
+    close(weights(z, math.inf), torch.ones(12))
+    close(weights(z[:1]), torch.ones(1))
+    flatter = z[:1] / torch.arange(1.0, 9.0)[:, None]
+    assert (weights(flatter).diff() > 0).all()
+    for dtype in (torch.float32, torch.float64):  # every entropy is exactly zero
+        assert (weights(1e4 * torch.eye(10, dtype=dtype)) == 1).all()
+    some_zero = torch.cat([1e4 * torch.eye(10)[:1], torch.zeros(3, 10)])
+    close(weights(some_zero), [0, 4 / 3, 4 / 3, 4 / 3], 1e-6)
+    assert not weights(z.clone().requires_grad_()).requires_grad
+
+
+@every_script
+def test_batch_mean_is_that_of_all_processes(name, monkeypatch):
+    mean, here, there = SCRIPTS[name].batch_mean, torch.rand(5).double(), torch.rand(3).double()
+    close(mean(here), here.numpy().mean())
+    sent, dist = [], torch.distributed
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'all_reduce', lambda tensor, *_: sent.append(tensor.clone()))
+    mean(there)
+    monkeypatch.setattr(dist, 'all_reduce', lambda tensor, *_: tensor.add_(sent[0]))
+    close(mean(here), np.concatenate([here, there]).mean())
+
+
+# ---------------------------------------------------------------- the losses
+
+@every_script
+@every_weighting
+def test_losses_match_the_equations(name, weighting):
+    z, z_adv, y, kappa = table()
+    given = torch.rand(len(y)).double()  # weights from outside are taken as they are
+    for w, options in ((reference_weights(z_adv.numpy(), weighting), {}), (given, {'w': given})):
+        options |= OPTIONS[name] | weighting
+        losses, used = example_losses(name, nn.Identity(), z, z_adv, y, **options)
+        expected = reference_losses(name, z.numpy(), z_adv.numpy(), y, w, kappa, **OPTIONS[name])
+        assert losses.shape == (len(y),)
+        close(losses, expected)
+        close(torch.as_tensor(used).expand(len(y)), w)
+
+
+@every_script
+@every_weighting
+@pytest.mark.parametrize('size', [8, 3, 1])  # a smaller last batch counts by its own size
+def test_whole_loss_matches_start_attack_and_equations(name, weighting, size):
+    model = small_net()
+    x, y = batch(model, size)
+    torch.manual_seed(5)
+    x_adv, kappa = reference_attack(name, model, x, drawn_start(name, x), y)
+    z, z_adv = logits_of(model, x, x_adv)
+    w = reference_weights(z_adv, weighting)
+    torch.manual_seed(5)
+    loss = loss_of(name, model, x, y, **OPTIONS[name], **weighting)
+    assert loss.shape == ()
+    close(loss, reference_losses(name, z, z_adv, y, w, kappa, **OPTIONS[name]).mean())
+
+
+@every_script
+@every_weighting
+def test_gradients_match_finite_differences_with_w_held(name, weighting):
+    model = small_net()
+    x, y = batch(model)
+    x_adv = (x + EPSILON * torch.randn_like(x).sign()).clamp(0, 1)
+    losses, _ = example_losses(name, model, x, x_adv, y, **OPTIONS[name], **weighting)
+    losses.mean().backward()
+    w = reference_weights(logits_of(model, x_adv)[0], weighting)
+
+    def reference():
+        z, z_adv = logits_of(model, x, x_adv)
+        return reference_losses(name, z, z_adv, y, w, some_kappa(len(y)), **OPTIONS[name]).mean()
+
+    h = 1e-5
+    for parameter in model.parameters():
+        direction, value = torch.randn_like(parameter), parameter.data.clone()
+        parameter.data = value + h * direction
+        above = reference()
+        parameter.data = value - h * direction
+        slope = (above - reference()) / (2 * h)
+        parameter.data = value
+        assert (parameter.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6, abs=1e-6)
+
+
+@every_script
+def test_control_without_entropy_is_the_parent_with_coefficients_plus_one(name):
+    def value(**options):
+        model = small_net()
+        torch.manual_seed(4)
+        return loss_of(name, model, *batch(model), **options)
+
+    control = value(entropy_weight=True, tau=math.inf, **OPTIONS[name])
+    close(control, {'at': lambda: 2 * value(), 'trades': lambda: value(beta=3.5),
+                    'mart': lambda: value(beta=4.0) + value(beta=1.0),
+                    'gairat': lambda: value(psi=-0.7) + value(psi=math.inf)}[name]())
+
+
+def test_trades_without_beta_is_clean_cross_entropy():
+    model = small_net()
+    x, y = batch(model)
+    loss = loss_of('trades', model, x, y, beta=0.0)
+    close(loss, F.cross_entropy(copy.deepcopy(model)(x), y))
+
+
+def test_gairat_weights():
+    weights, kappa = SCRIPTS['gairat'].gairat_weights, torch.tensor([0, 1, 5, 7, 9, 10]).double()
+    for psi in (-1.0, 0.0, 0.5):
+        close(weights(kappa, 10, psi), reference_gamma(kappa.tolist(), 10, psi))
+        close(weights(kappa, 10, psi).mean(), 1.0)
+    close(weights(kappa, 10), weights(kappa, 10, -1.0))
+    assert (weights(kappa, 10).diff() < 0).all()  # fragile weighs more
+    for equal in (weights(kappa.float(), 10, math.inf), weights(kappa.float() * 0 + 10, 10),
+                  weights(kappa.float(), 10, -1000.0)):  # the last: every gamma underflows to zero
+        assert (equal == 1).all()
+
+
+# ---------------------------------------------------------------- the official TRADES and MART
+
+def official(name, model, x, y, step_size, epsilon, steps, beta):
+    """What the published trades_loss and mart_loss compute, draw for draw."""
+    kl_sum = nn.KLDivLoss(reduction='sum')
+    model.eval()
+    x_adv = x + 0.001 * torch.randn(x.shape)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        if name == 'trades':
+            goal = kl_sum(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1))
+        else:
+            goal = nn.CrossEntropyLoss()(model(x_adv), y)
+        x_adv = x_adv.detach() + step_size * torch.sign(torch.autograd.grad(goal, [x_adv])[0])
+        x_adv = torch.max(torch.min(x_adv, x + epsilon), x - epsilon)
+        x_adv = torch.clamp(x_adv, 0, 1)
+    model.train()
+    x_adv = torch.clamp(x_adv.detach(), 0, 1)
+    if name == 'trades':
+        clean, log_q = nn.CrossEntropyLoss()(model(x), y), F.log_softmax(model(x_adv), 1)
+        return clean + beta / len(x) * kl_sum(log_q, F.softmax(model(x), 1))
+    logits, logits_adv = model(x), model(x_adv)
+    p, p_adv = F.softmax(logits, 1), F.softmax(logits_adv, 1)
+    ranking = p_adv.argsort(1, descending=True)
+    strongest_wrong = torch.where(ranking[:, 0] == y, ranking[:, 1], ranking[:, 0])
+    bce = nn.CrossEntropyLoss()(logits_adv, y)
+    bce = bce + nn.NLLLoss()(torch.log(1.0001 - p_adv + 1e-12), strongest_wrong)
+    kl = nn.KLDivLoss(reduction='none')(torch.log(p_adv + 1e-12), p).sum(1)
+    p_y = torch.stack([p[i, y[i]] for i in range(len(y))])
+    return bce + beta / len(x) * (kl * (1.0000001 - p_y)).sum()
+
+
+@pytest.mark.parametrize('make, side', [(lambda: small_net(torch.float32), 8), (small_cnn, 28)],
+                         ids=['bn', 'smallcnn'])
+@pytest.mark.parametrize('name, steps, tolerance, with_gradients',
+                         [('mart', 0, 1e-5, True), ('mart', 10, 1e-5, True),
+                          ('trades', 0, 1e-5, True), ('trades', 10, 1e-4, False)])
+def test_agrees_with_the_official_code(make, side, name, steps, tolerance, with_gradients):
+    ours, theirs = make(), make()
+    x, y = batch(ours, 8, torch.float32, side)
+    torch.manual_seed(6)
+    expected = official(name, theirs, x, y, 0.02, 0.1, steps, 6.0)
+    torch.manual_seed(6)
+    loss = loss_of(name, ours, x, y, step_size=0.02, epsilon=0.1, perturb_steps=steps, beta=6.0)
+    close(loss, expected, tolerance)
+    if with_gradients:
+        loss.backward()
+        expected.backward()
+        for (key, a), b in zip(ours.named_parameters(), theirs.parameters()):
+            assert b.grad.abs().max() > 0, key
+            close(a.grad, b.grad, tolerance)
+
+
+# ---------------------------------------------------------------- the attacks
+
+@every_script
+@pytest.mark.parametrize('steps', [0, 1, STEPS])
+def test_attack_and_kappa_match_a_loop_over_examples(name, steps):
+    model = small_net()
+    x, y = batch(model, 24)
+    start = drawn_start(name, x)
+    x_adv, kappa = attack_of(name, model, x, start, y, steps)
+    expected, expected_kappa = reference_attack(name, model, x, start, y, steps=steps)
+    close(x_adv, expected)
+    assert not x_adv.requires_grad
+    if name == 'gairat':
+        assert kappa.tolist() == expected_kappa
+        assert len(set(expected_kappa)) > steps / 2  # else the test would say little
+
+
+@every_script
+def test_attack_stays_in_the_ball_and_raises_what_it_maximises(name):
+    model = small_net()
+    x, y = batch(model, 16)
+    start = drawn_start(name, x)
+
+    def heights(x_adv):
+        frozen = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            return torch.stack([objective(name, frozen, x[i:i + 1], x_adv[i:i + 1], label)
+                                for i, label in enumerate(y)])
+
+    found = [attack_of(name, model, x, start, y, steps, EPSILON / 4)[0] for steps in (1, 4, 20)]
+    h0, h1, h4, h20 = map(heights, [start, *found])
+    assert (h20 > h0).all() and h0.mean() < h1.mean() < h4.mean() < h20.mean()
+    for x_adv in found + [attack_of(name, model, x, x + 0.001, y, 0)[0]]:
+        assert x_adv.min() >= 0 and x_adv.max() <= 1 and (x_adv - x).abs().max() <= EPSILON + 1e-12
+
+
+@every_script
+def test_random_start(name):
+    x = torch.full((40, 1, 28, 28), 0.5, dtype=torch.float64)
+    for epsilon in (0.1, 0.3):
+        noise = SCRIPTS[name].random_start(x, epsilon) - x
+        if name in ('trades', 'mart'):  # Gaussian, whatever epsilon is
+            assert noise.std().item() == pytest.approx(0.001, rel=0.03) and noise.max() > 0.003
+        else:
+            assert noise.std().item() == pytest.approx(epsilon / 3 ** 0.5, rel=0.02)
+            close([noise.min(), noise.max()], [-epsilon, epsilon], 1e-3)
+            assert noise.abs().max() <= epsilon + 1e-12
+        assert abs(noise.mean()) < 0.03 * noise.std()
+        assert noise.flatten(1).std(0).min() > 0  # each image has its own
+    if name in ('at', 'gairat'):
+        edge = SCRIPTS[name].random_start(torch.ones(4, 1, 8, 8), 0.3)
+        assert edge.max() == 1 and edge.min() < 0.9
+
+
+@every_script
+def test_attack_leaves_no_trace_in_the_model(name):
+    model = small_net()
+    x, y = batch(model)
+    model[0].bias.requires_grad_(False)
+    before, kept = copy.deepcopy(model.state_dict()), x.clone()
+    attack_of(name, model, x, drawn_start(name, x), y)
+    for key, value in model.state_dict().items():  # BN statistics too
+        assert torch.equal(before[key], value), key
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(x, kept)
+    assert [p.requires_grad for p in model.parameters()] == [i != 1 for i in range(10)]
+    assert all(module.training for module in model.modules())
+
+
+@every_script
+def test_loss_moves_bn_and_leaves_all_else(name):
+    model, trained = small_net(), small_net()
+    x, y = batch(model)
+    model[0].bias.requires_grad_(False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before, kept = copy.deepcopy(model.state_dict()), x.clone()
+    torch.manual_seed(7)
+    loss = loss_of(name, model, x, y, entropy_weight=True)
+    for key, value in model.state_dict().items():
+        if key.endswith('num_batches_tracked'):  # each forward pass of the loss, none of the attack
+            assert value == before[key] + FORWARDS[name]
+        else:
+            assert torch.equal(value, before[key]) != ('running' in key), key
+    assert [p.requires_grad for p in model.parameters()] == [i != 1 for i in range(10)]
+    assert all(module.training for module in model.modules()) and torch.equal(x, kept)
+    assert all((p.grad == 1).all() for p in model.parameters())  # optimizer=None clears none
+
+    for p in trained.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.SGD(trained.parameters(), 0.1)
+    torch.manual_seed(7)
+    close(loss_of(name, trained, x, y, optimizer, entropy_weight=True), loss)
+    assert all(p.grad is None or (p.grad == 0).all() for p in trained.parameters())
+
+
+# ---------------------------------------------------------------- hard cases
+
+@every_script
+@every_weighting
+def test_loss_and_gradients_are_finite_at_extreme_logits(name, weighting):
+    eye = torch.eye(10)
+    z = 200 * torch.cat([eye, eye, -eye, eye / 2 - eye.roll(1, 0) / 2]).requires_grad_()
+    z_adv = 200 * torch.cat([eye, eye.roll(1, 0), eye, eye.roll(2, 0)]).requires_grad_()
+    y = torch.arange(10).repeat(4)
+    losses, _ = example_losses(name, nn.Identity(), z, z_adv, y, **weighting)
+    assert losses.isfinite().all() and losses.max() > 100
+    for grad in torch.autograd.grad(losses.sum(), (z, z_adv), materialize_grads=True):
+        assert grad.isfinite().all()
+    assert grad.abs().max() > 0
+
+    model = small_net(torch.float32)
+    model[-1].weight.data *= 300
+    x, y = batch(model, dtype=torch.float32)
+    values = model(x).sort(1).values
+    assert (values[:, -1] - values[:, 0]).min() > 200
+    loss = loss_of(name, model, x, y, **weighting)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_script
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.05), (torch.float32, 1e-5)])
+def test_other_dtypes(name, dtype, tolerance):
+    z, z_adv, y, kappa = table(scale=1.0)
+    z, z_adv, options = z.to(dtype), z_adv.to(dtype), {'entropy_weight': True, **OPTIONS[name]}
+    losses, w = example_losses(name, nn.Identity(), z, z_adv, y, **options)
+    assert losses.dtype == w.dtype == dtype
+    z, z_adv = z.double().numpy(), z_adv.double().numpy()
+    expected_w = reference_weights(z_adv, options)
+    close(w, expected_w, tolerance)
+    expected = reference_losses(name, z, z_adv, y, expected_w, kappa, **OPTIONS[name])
+    close(losses, expected, tolerance)
+
+    model = small_net(dtype)
+    x, y = batch(model, dtype=dtype)
+    loss = loss_of(name, model, x, y, entropy_weight=True)
+    loss.backward()
+    assert loss.dtype == dtype and loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['trades', 'mart'])
+def test_another_distance_is_refused(name):
+    model = small_net()
+    with pytest.raises(ValueError, match='l_2'):
+        loss_of(name, model, *batch(model), distance='l_2')
+    loss_of(name, model, *batch(model), distance='l_inf')
+
+
+# ---------------------------------------------------------------- the scripts as text
+
+@pytest.mark.parametrize('name, expected', [
+    ('at', dict(step_size=2 / 255, epsilon=8 / 255, perturb_steps=10)),
+    ('trades', dict(step_size=0.003, epsilon=0.031, perturb_steps=10, beta=1.0, distance='l_inf')),
+    ('mart', dict(step_size=0.007, epsilon=0.031, perturb_steps=10, beta=6.0, distance='l_inf')),
+    ('gairat', dict(step_size=0.007, epsilon=0.031, perturb_steps=10, psi=-1.0))])
+def test_signature_is_the_one_that_projects_already_call(name, expected):
+    expected |= dict(entropy_weight=False, tau=1.0)
+    parameters = inspect.signature(getattr(SCRIPTS[name], f'{name}_loss')).parameters
+    assert list(parameters) == ['model', 'x_natural', 'y', 'optimizer', *expected]
+    assert {k: p.default for k, p in parameters.items() if p.default is not p.empty} == expected
+
+
+@every_script
+def test_pasted_loss_needs_only_torch_and_what_stands_above_it(name):
+    above = SOURCES[name].split(DIVIDER)[0]
+    functions = [node for node in ast.parse(above).body if isinstance(node, ast.FunctionDef)]
+    last = [node.name for node in functions].index(f'{name}_loss')
+    namespace = {'torch': torch, 'F': F}
+    for node in functions[:last + 1]:
+        exec(ast.get_source_segment(above, node), namespace)
+    for weighting in WEIGHTINGS.values():
+        model = small_net()
+        x, y = batch(model)
+        torch.manual_seed(8)
+        expected = loss_of(name, copy.deepcopy(model), x, y, **weighting)
+        torch.manual_seed(8)
+        pasted = namespace[f'{name}_loss'](model, x, y, None, STEP, EPSILON, STEPS, **weighting)
+        assert torch.equal(pasted, expected)
+
+
+@pytest.mark.parametrize('name', NAMES[1:])
+@pytest.mark.parametrize('part', ['imports', 'batch_mean', 'entropy_weights', 'tail'])
+def test_scripts_share_what_they_should(name, part):
+    def cut(source):
+        lines, body = source.splitlines(), ast.parse(source).body
+        if part == 'tail':
+            first, = [i for i, line in enumerate(lines) if line.startswith(DIVIDER)]
+            return lines[first:]
+        kinds = (ast.Import, ast.ImportFrom)
+        nodes = [node for node in body if getattr(node, 'name', '') == part
+                 or part == 'imports' and isinstance(node, kinds)]
+        return lines[nodes[0].lineno - 1:nodes[-1].end_lineno]
+
+    a, b = cut(SOURCES['at']), cut(SOURCES[name])
+    odd = next((pair for pair in zip(a + [''], b + ['']) if pair[0] != pair[1]), '')
+    assert a == b, (f'{part} of train_{name}.py is not that of train_at.py: edit it in one script, '
+                    f'then copy it to the other three. First difference:\n' + '\n'.join(odd))
+
+
+# ---------------------------------------------------------------- augmentation, schedule, networks
+
+@pytest.mark.parametrize('size, count', [(8, 8100), (32, 64)])
+def test_augment_is_a_padded_crop_and_flip_of_each_image_alone(size, count):
+    images = torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8)
+    kept = images.clone()
+    out = SCRIPTS['at'].augment(images)
+    assert out.dtype == torch.uint8 and out.shape == images.shape and torch.equal(images, kept)
+    matches = torch.zeros(81, 2, count)
+    for offset in range(81):
+        crop = TF.crop(TF.pad(images, [4]), offset // 9, offset % 9, size, size)
+        for flip, variant in enumerate((crop, TF.hflip(crop))):
+            matches[offset, flip] = (variant == out).flatten(1).all(1)
+    assert (matches.sum((0, 1)) == 1).all()
+    counts = matches.sum(2)
+    assert (counts > 0).sum() > min(160, count / 2)  # a batch shares neither offset nor flip
+    if count > 1000:
+        assert 15 <= counts.min() and counts.max() <= 85  # 50 expected, standard deviation 7
+        assert abs(counts.sum(0) - count / 2).max() < 225  # standard deviation 45
+
+
+def test_learning_rate():
+    args = SimpleNamespace(lr=0.1, lr_milestones=[100, 105], lr_schedule='multistep', lr_warmup=0,
+                           epochs=110)
+    rates = [SCRIPTS['at'].learning_rate(args, done, 0.5) for done in (0, 99, 100, 104, 105, 109)]
+    close(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+BLOCK = r'(bn1|conv1|bn2|conv2)'
+LAYERS = {
+    'preactresnet18': rf'conv1|bn|linear|layer[1-4]\.[01]\.{BLOCK}|layer[2-4]\.0\.shortcut\.0',
+    'resnet18': rf'conv1|bn1|linear|layer[1-4]\.[01]\.{BLOCK}|layer[2-4]\.0\.shortcut\.[01]',
+    'wideresnet28-10': rf'conv1|bn1|fc|block[123]\.layer\.([0-3]\.{BLOCK}|0\.convShortcut)',
+    'wideresnet34-10': rf'conv1|bn1|fc|block[123]\.layer\.([0-4]\.{BLOCK}|0\.convShortcut)',
+    'smallcnn': r'feature_extractor\.conv[1-4]|classifier\.fc[1-3]'}
+
+
+@pytest.mark.parametrize('arch, layers, parameters', [
+    ('preactresnet18', 38, 11_172_170), ('resnet18', 41, 11_173_962), ('smallcnn', 7, 312_202),
+    ('wideresnet28-10', 54, 36_479_194), ('wideresnet34-10', 66, 46_160_474)])
+def test_networks_have_the_official_parameters(arch, layers, parameters):
+    with torch.device('meta'):
+        model, wider = models.build_model(arch), models.build_model(arch, num_classes=100)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
+    found = {key.rpartition('.')[0] for key in model.state_dict()}
+    assert len(found) == layers and all(re.fullmatch(LAYERS[arch], layer) for layer in found)
+    assert list(wider.parameters())[-1].shape == (100,)
+
+
+@pytest.mark.parametrize('arch, head', [('preactresnet18', 'linear'), ('resnet18', 'linear'),
+                                        ('wideresnet10-1', 'fc'), ('smallcnn', 'classifier.fc3')])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_features_are_what_the_head_takes(arch, head, channels):
+    model = models.build_model(arch, 7, channels).eval()
+    side = 28 if arch == 'smallcnn' else 32
+    x, head = torch.rand(2, channels, side, side), model.get_submodule(head)
+    assert arch != 'smallcnn' or not head.weight.any()  # starts at zero, as TRADES' own
+    nn.init.normal_(head.weight)
+    logits = model(x)
+    assert logits.shape == (2, 7) and model.features(x).shape == (2, head.in_features)
+    close(head(model.features(x)), logits, 1e-5)
+    assert (model.features(x) >= 0).all()  # after the last ReLU
+
+
+@pytest.mark.parametrize('arch, block, bn', [('preactresnet18', 'layer4.0', 'bn'),
+                                             ('wideresnet10-1', 'block3.layer.0', 'bn1')])
+def test_preactivation_shortcut_takes_the_activated_input(arch, block, bn):
+    model = models.build_model(arch).eval().double()
+    block, bn = model.get_submodule(block), model.get_submodule(bn)
+    for module in model.modules():  # as after training: no BN is the identity
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.bias.data.normal_()
+    x = torch.randn(2, block.conv1.in_channels, 8, 8).double()
+    active = block.bn1(x).relu()
+    shortcut = block.shortcut if arch == 'preactresnet18' else block.convShortcut
+    residual = block.conv2(block.bn2(block.conv1(active)).relu())
+    close(block(x), residual + shortcut(active))
+    seen = []
+    bn.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    close(model.features(torch.rand(2, 3, 32, 32).double()), seen[0].relu().mean((2, 3)))
