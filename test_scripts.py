@@ -24,7 +24,7 @@ import models
 
 ROOT = Path(__file__).parent
 ALGORITHMS = ('at', 'trades', 'mart', 'gairat')
-TINY = ['--dataset', 'digits', '--train-size', '200', '--test-size', '40', '--epochs', '2',
+TINY = ['--dataset', 'digits', '--train-size', '104', '--test-size', '40', '--epochs', '2',
         '--num-steps', '2', '--batch-size', '32', '--no-cuda']
 THREADS = {'OMP_NUM_THREADS': '1'}  # small work: more threads only get in each other's way
 
@@ -244,7 +244,7 @@ def test_killed_inside_an_epoch_and_resumed_is_as_if_nothing_had_been(algorithm,
     status, _ = start_and_signal(f'train_{algorithm}.py', [*TINY, '--entropy-weight'], directory,
                                  signal.SIGKILL)
     assert status == -signal.SIGKILL
-    assert 0 < models.read_checkpoint(directory / 'last.pt')['step'] < 7
+    assert 0 < models.read_checkpoint(directory / 'last.pt')['step'] < 4
     with open(directory / 'log.csv', 'a') as log:
         log.write('2,0.02,1.2')  # a line cut off
     done = run(f'train_{algorithm}.py', '--resume', directory, '--log-interval', 3, cwd=tmp_path)
@@ -334,12 +334,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_there(tmp_path, capsys, monkeyp
     def example_losses(model, x, adv, y, **options):
         steps.append(len(y))
         losses = torch.nn.functional.cross_entropy(model(adv), y, reduction='none')
-        return losses * (float('nan') if len(steps) == 10 else 1), 0
+        return losses * (float('nan') if len(steps) == 6 else 1), 0
     monkeypatch.setattr(train_at, 'example_losses', example_losses)
     args = [*TINY, '--model-dir', tmp_path, '--log-interval', 1]
     assert main_of('train_at', args, monkeypatch) == 3
     told = capsys.readouterr().err
-    assert 'epoch 2, step 3' in told and 'learning rate' in told and told.count('\n') == 1 and len(steps) == 10
+    assert 'epoch 2, step 2' in told and 'learning rate' in told and told.count('\n') == 1 and len(steps) == 6
     last = models.read_checkpoint(tmp_path / 'last.pt')
     assert last['epoch'] == 1 and all(v.isfinite().all() for v in last['state_dict'].values())
 
@@ -690,3 +690,55 @@ def test_compiled_for_two_batch_sizes_and_no_more(monkeypatch):
     for size in (32, 9, 7, 32):
         assert model(torch.rand(size, 1, 28, 28)).shape == (size, 10)
     assert compiled == [32, 9, 32] and list(model.state_dict()) == names
+
+
+# ---------------------------------------------------------------- the README
+
+README = (ROOT / 'README.md').read_text()
+COMMANDS = [line for line in re.findall(r'(?:^|&& |`)((?:python|torchrun) [^`\n]*)', README, re.M)
+            if '.py' in line]
+
+
+def test_the_readme_has_the_commands_that_matter():
+    assert len(COMMANDS) > 35
+    assert 'pip install -r requirements.txt && python -m pytest -q' in README
+    assert 'pip install -r requirements.txt && python train_trades.py --dataset digits --entropy-weight --beta 5.5' in README
+    assert 'pip install -q -r requirements.txt && python -m pytest -q' in (ROOT / '.ci' / 'run').read_text()
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_in_the_readme_parses(command, monkeypatch):
+    words = shlex.split(command, comments=True)
+    script = next(word for word in words if word.endswith('.py'))
+    args = words[words.index(script) + 1:]
+    assert (ROOT / script).exists() and set(words[1:words.index(script)]) <= {'--nproc-per-node=8'}
+    monkeypatch.setattr(models, 'read_run', lambda directory, algorithm: {'args': vars(parse([])[0])})
+    parse = importlib.import_module(script[:-3]).parse_args
+    if args == ['--help']:
+        with pytest.raises(SystemExit, match='0'):
+            parse(args)
+        return
+    args, _ = parse(args)
+    if script != 'evaluate.py':
+        assert args.epsilon == evaluate.DATASETS[args.dataset]['epsilon']
+
+
+def test_the_readme_reads_a_pickle_of_arrays_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippet, = re.findall(r'```python\n(import pickle.*?)```', README, re.S)
+    images, labels = np.random.randint(256, size=(20, 32, 32, 3), dtype=np.uint8), np.arange(20) % 10
+    for protocol in range(2, 6):
+        with open('ti_500K_pseudo_labeled.pickle', 'wb') as f:
+            pickle.dump({'data': images, 'extrapolated_targets': labels}, f, protocol)
+        exec(snippet, {})
+        found, found_labels = evaluate.load_extra('ti_500k.npz', 'cifar10', torch.device('cpu'))
+        assert (found.numpy() == images).all() and (found_labels.numpy() == labels).all()
+
+    class Malicious:
+        def __reduce__(self):
+            return os.system, ('touch ran',)
+    with open('ti_500K_pseudo_labeled.pickle', 'wb') as f:
+        pickle.dump({'data': Malicious()}, f)
+    with pytest.raises(pickle.UnpicklingError, match='system'):
+        exec(snippet, {})
+    assert not (tmp_path / 'ran').exists()
