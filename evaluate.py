@@ -69,8 +69,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds the default where there is one and the help does not speak of it."""
 
     def _get_help_string(self, action):
-        told = action.default in (None, False, argparse.SUPPRESS) or 'default' in (action.help or '')
-        return (action.help or '') + ('' if told else ' (default: %(default)s)')
+        told, none = action.help or '', (None, False, argparse.SUPPRESS)
+        default = '' if action.default in none or 'default' in told else ' (default: %(default)s)'
+        return told + default
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -83,7 +84,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {" ".join(str(message).split())}\n')
 
     def parse_resumed(self, argv, saved, may_differ):
-        """The arguments of a saved run, {name: value}, with those of argv that may differ from them.
+        """The arguments of a saved run, {name: value}, with those of argv that may differ.
 
         Raises ValueError for another that does, and for fewer epochs.
         """
@@ -92,7 +93,8 @@ class ArgumentParser(argparse.ArgumentParser):
         for name, value in saved.items():
             given = getattr(args, name)
             if given != value and (name not in may_differ or name == 'epochs' and given < value):
-                raise ValueError(f'--{name.replace("_", "-")} {given} is not that of the run, {value}')
+                flag = '--' + name.replace('_', '-')
+                raise ValueError(f'{flag} {given} is not that of the run, {value}')
         return args
 
 
@@ -124,7 +126,7 @@ def positive_finite(text):
 def unit(text):
     """A number above zero and up to 1: a length in pixels scaled to [0, 1]."""
     if positive(text) > 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is above 1; pixels are in [0, 1], so write 8/255")
+        raise argparse.ArgumentTypeError(f"'{text}' is above 1; pixels are in [0, 1]: write 8/255")
     return number(text)
 
 
@@ -159,7 +161,7 @@ def check_fit(dataset, arch):
 
 
 def pick_device(no_cuda=False):
-    """The CUDA device where there is one; where CUDA_VISIBLE_DEVICES leaves none, the CPU, and says so."""
+    """The CUDA device, or the CPU; it says so where CUDA_VISIBLE_DEVICES leaves no device."""
     if not no_cuda and torch.cuda.is_available():
         return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     if not no_cuda and os.environ.get('CUDA_VISIBLE_DEVICES') is not None:
@@ -179,7 +181,8 @@ def versions(device):
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
     else:
-        name = f'{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads'
+        cpu = platform.processor() or platform.machine()
+        name = f'{cpu} CPU, {torch.get_num_threads()} threads'
     return {'device': name, 'python': platform.python_version(), 'torch': str(torch.__version__),
             'numpy': np.__version__}
 
@@ -187,7 +190,7 @@ def versions(device):
 def seed_everything(*numbers):
     """Seed torch's generators with a hash of whole numbers, e.g. (seed, epoch, step).
 
-    Draws that depend on nothing else need no saved random state to go on from, and are the same in any process.
+    Such draws need no saved random state to go on from, and are the same in any process.
     """
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
@@ -195,9 +198,9 @@ def seed_everything(*numbers):
 # ---------------------------------------------------------------- data
 
 def load_data(dataset, data_dir='./data', train=True, size=None, device='cpu'):
-    """The first `size` (default: all) images of a split: uint8 (N, C, H, W) and labels int64 (N,), on the device.
+    """The first `size` (default: all) of a split: uint8 images (N, C, H, W), int64 labels (N,).
 
-    cifar10, cifar100 and mnist are looked for in data_dir and downloaded where they are not there; digits is
+    cifar10, cifar100 and mnist are looked for in data_dir, and else downloaded to it; digits is
     scikit-learn's. Raises FileNotFoundError where neither works, ValueError where size is above N.
     """
     if dataset == 'digits':
@@ -208,23 +211,26 @@ def load_data(dataset, data_dir='./data', train=True, size=None, device='cpu'):
         images = images.unsqueeze(1) if dataset == 'mnist' else images.permute(0, 3, 1, 2)
         images = images.contiguous()
     if size is not None and size > len(images):
-        raise ValueError(f"{dataset} has {len(images)} {'training' if train else 'test'} images, fewer than {size}")
+        split = 'training' if train else 'test'
+        raise ValueError(f'{dataset} has {len(images)} {split} images, fewer than {size}')
     return images[:size].to(device), labels[:size].to(device)
 
 
 def _load_digits(train):
-    """1,797 handwritten digits, 8 x 8, made 28 x 28: every fifth is a test image (360), the others train (1,437)."""
+    """1,797 handwritten digits, 8 x 8 made 28 x 28; every fifth is a test image: 1,437 and 360."""
     from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     images = F.interpolate(images, size=28, mode='bilinear', align_corners=False)
     chosen = (torch.arange(len(images)) % 5 != 0) == train
-    return (images * 255).round().to(torch.uint8)[chosen], torch.tensor(labels, dtype=torch.int64)[chosen]
+    images = (images * 255).round().to(torch.uint8)
+    return images[chosen], torch.tensor(labels, dtype=torch.int64)[chosen]
 
 
 def _open_torchvision(dataset, data_dir, train):
     from torchvision import datasets
-    kind = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100, 'mnist': datasets.MNIST}[dataset]
+    kind = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100,
+            'mnist': datasets.MNIST}[dataset]
     try:
         return kind(data_dir, train=train)
     except RuntimeError:  # torchvision's "not found or corrupted"
@@ -245,7 +251,7 @@ def class_names(dataset, data_dir='./data'):
 
 
 def to_float(images):
-    """uint8 images -> float32 in [0, 1], channels last in memory where there are several (the layout of fast convolutions)."""
+    """uint8 images -> float32 in [0, 1], channels last in memory, as convolutions like it."""
     x = images.float() / 255
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -261,7 +267,7 @@ def describe(row, epochs):
 # ---------------------------------------------------------------- what the training scripts need
 
 def is_stuck(log, num_classes, patience=5):
-    """Whether the last epochs were all at chance: a collapsed run, or one that never began to learn."""
+    """Whether the last epochs were all at chance: a run that collapsed or never began to learn."""
     return len(log) >= patience and all(row['clean'] < 1.5 / num_classes for row in log[-patience:])
 
 
@@ -274,7 +280,7 @@ def protocol_help():
 
 
 def fill_protocol(args):
-    """Give the arguments that are None the value of their data set; ValueError where they do not fit."""
+    """Give arguments that are None the value of their data set; ValueError if they do not fit."""
     if args.lr_milestones and args.lr_milestones != sorted(set(args.lr_milestones)):
         raise ValueError(f'--lr-milestones {args.lr_milestones} do not rise')
     protocol = dict(list(DATASETS[args.dataset].items())[3:])
@@ -287,7 +293,7 @@ def fill_protocol(args):
 
 
 def catch_signals():
-    """A list that SIGINT and SIGTERM are put into, once; a second one of a kind ends the program."""
+    """A list that SIGINT and SIGTERM are put into, once; the second of a kind ends the program."""
     caught = []
 
     def catch(number, frame):
@@ -330,11 +336,11 @@ class TrainingData:
             extra = round(args.extra_fraction * size)
             self.sizes = (size - extra, extra)
             if min(self.sizes) == 0:
-                raise ValueError(f'--extra-fraction {args.extra_fraction} of a batch of {size} leaves '
-                                 'one kind of image out')
+                raise ValueError(f'--extra-fraction {args.extra_fraction} of a batch of {size} '
+                                 'leaves one kind of image out')
 
     def draw_epoch(self):
-        """The batches of an epoch, drawn from torch's generator: (indices, extra indices) for take()."""
+        """An epoch's batches, from torch's generator: (indices, extra indices) for take()."""
         def draw(n, size):
             count = self.steps * size if self.full else n
             rounds = range(-(-count // n))
@@ -346,7 +352,7 @@ class TrainingData:
         return list(zip(own, draw(len(self.extra[1]), self.sizes[1])))
 
     def take(self, batch):
-        """uint8 images (B, C, H, W) and labels (B,) of a batch, on the device, the extra ones last."""
+        """uint8 images (B, C, H, W) and labels (B,) of a batch, the extra ones last."""
         index, extra_index = batch
         x, y = self.images[index], self.labels[index]
         if extra_index is None:
@@ -366,8 +372,8 @@ def class_balanced_tail(labels, size, num_classes):
     for k in range(num_classes):
         of_class = (labels == k).nonzero().squeeze(1)
         if rest or len(of_class) <= each:
-            raise ValueError(f'{size} validation images: not a multiple of the {num_classes} classes, '
-                             'or all that there are of one')
+            raise ValueError(f'{size} validation images: not a multiple of the {num_classes} '
+                             'classes, or all that there are of one')
         held[of_class[-each:]] = True
     return held
 
@@ -392,7 +398,7 @@ def load_extra(path, dataset, device):
     if images.dtype != np.uint8 or images.shape[1:] != shape or labels.shape != (len(images),):
         raise ValueError(f'{path}: image is {images.dtype} {images.shape}, label {labels.shape}; '
                          f'wanted uint8 (N, {", ".join(map(str, shape))}) and (N,)')
-    if labels.dtype.kind not in 'iu' or len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
+    if labels.dtype.kind not in 'iu' or not len(labels) or not ((0 <= labels) & (labels < classes)).all():
         raise ValueError(f'{path}: labels are not whole numbers from 0 to {classes - 1}')
     free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else 2 ** 30
     if images.nbytes <= free / 2:
@@ -417,10 +423,11 @@ def _map_npz(path, name):
 # ---------------------------------------------------------------- attacks
 
 def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, random_start=True):
-    """Projected gradient descent on CE(logit_scale * f(x + delta), y), Eq. 4 and 9 of the paper; step sizes in [0, 1].
+    """Projected gradient descent on CE(logit_scale * f(x + delta), y), Eq. 4 and 9.
 
-    x: images (B, C, H, W) in [0, 1]; y: labels (B,). Returns x_adv, within epsilon of x and in [0, 1].
-    logit_scale = 10 is the logit-scaling attack (LS). FGSM: num_steps=1, step_size=epsilon, random_start=False.
+    x: images (B, C, H, W) in [0, 1], as are epsilon and step_size; y: labels (B,). Returns x_adv,
+    within epsilon of x and in [0, 1]. logit_scale = 10 is the logit-scaling attack (LS); FGSM is
+    num_steps=1, step_size=epsilon, random_start=False.
     The model is attacked in the mode it is in.
     """
     x_adv = x
@@ -514,7 +521,7 @@ def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_sca
 # ---------------------------------------------------------------- metrics
 
 def entropy(logits):
-    """Entropy in nats of softmax(logits), (B, K) -> (B,), between 0 and log K: Eq. 1 with tau = 1."""
+    """Entropy of softmax(logits), (B, K) -> (B,), in nats, from 0 to log K: Eq. 1 with tau = 1."""
     log_p = F.log_softmax(logits, dim=1)
     return -(log_p.exp() * log_p).sum(1)
 
@@ -528,7 +535,8 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
     eval mode and back.
     """
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+    rank = torch.distributed.get_rank() if several else 0
+    world = torch.distributed.get_world_size() if several else 1
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=images.device)
@@ -539,15 +547,15 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
         with torch.no_grad():
             logits, logits_adv = model(x), model(x_adv)
         h = entropy(logits_adv)
-        sums += torch.stack([v.double().sum() for v in (logits.argmax(1) == y, logits_adv.argmax(1) == y,
-                                                        h, h > threshold)])
+        sums += torch.stack([v.double().sum() for v in (
+            logits.argmax(1) == y, logits_adv.argmax(1) == y, h, h > threshold)])
     model.train(was_training)
     if several:
         torch.distributed.all_reduce(sums)
     row = dict(zip(('clean', 'pgd10', 'entropy', 'high_entropy'), (sums / len(images)).tolist()))
     if average is not None:
-        row_of_average = evaluate_epoch(average, images, labels, epsilon, batch_size, seed, threshold)
-        row |= {f'ema_{k}': row_of_average[k] for k in ('clean', 'pgd10')}
+        of_average = evaluate_epoch(average, images, labels, epsilon, batch_size, seed, threshold)
+        row |= {f'ema_{k}': of_average[k] for k in ('clean', 'pgd10')}
     return row
 
 
@@ -805,6 +813,8 @@ def panels(names, height, **options):
         ax.set_title(shorten(name), fontsize=6, pad=3)
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
+    for ax in axes.flat[len(names) - columns:len(names)]:
+        ax.tick_params(labelbottom=True)  # also above an empty place
     return figure, axes
 
 
@@ -837,7 +847,8 @@ def plot_entropy_histogram(entropies, num_classes, threshold, directory):
         ax.stairs(share, edges, fill=True, color=COLOURS[i % 8])
         ax.axvline(threshold, color='0.3', linewidth=0.6)
         ax.set_xlim(0, edges[-1])
-    figure.supxlabel('entropy of the prediction on PGD-20 examples (nats)', fontsize=7)
+    figure.supxlabel('entropy of the prediction on PGD-20 examples (nats; '
+                     f'line: {threshold:g})', fontsize=7)
     figure.supylabel('share of examples (%)', fontsize=7)
     write_figure(figure, None, os.path.join(directory, 'entropy_histogram'),
                  ['entropy_from', 'entropy_to', *shares],

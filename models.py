@@ -3,8 +3,8 @@
     build_model('preactresnet18', num_classes=10)   a new network
     load_model('best.pt')                           a trained one: this project's file or anyone's
 
-All networks take images in [0, 1] and return logits. Parameter names are those of the official TRADES, MART,
-GAIRAT and AWP repositories and of RobustBench, so weights travel both ways.
+All networks take images in [0, 1] and return logits. Parameter names are those of the official
+TRADES, MART, GAIRAT and AWP repositories and of RobustBench, so weights travel both ways.
 """
 import contextlib
 import csv
@@ -16,6 +16,7 @@ import re
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -28,17 +29,19 @@ NORMALIZATIONS = {'cifar10': ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
 class Network(nn.Module):
-    """What all networks share: `features(x)` gives the penultimate features (B, D), `forward(x)` the logits (B, K).
+    """What all networks share: features(x) are the penultimate features (B, D), forward(x) the
+    logits (B, K).
 
-    With `amp = True` the network alone runs in bfloat16; its logits are float32 again, so softmax, entropy and
-    losses are. The autocast context is opened anew in each forward: its cache of bfloat16 weights would hide
-    weights that changed in between.
+    With `amp = True` the network alone runs in bfloat16; its logits are float32 again, so softmax,
+    entropy and losses are. The autocast context is opened anew in each forward: its cache of
+    bfloat16 weights would hide weights that changed in between.
     """
     amp = False
     dataset = None  # that a checkpoint was trained on, where load_model found it in the file
 
     def forward(self, x):
-        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
+        bfloat16 = torch.autocast(x.device.type, torch.bfloat16)
+        with bfloat16 if self.amp else contextlib.nullcontext():
             logits = self.classify(self.features(x))
         return logits.float() if self.amp else logits
 
@@ -49,7 +52,7 @@ class Network(nn.Module):
         return self.embed(x)
 
     def set_normalization(self, mean, std):
-        """Put the training-time normalization (x - mean) / std inside the network; it is not part of state_dict."""
+        """Put the normalization (x - mean) / std into the network, but not into its state_dict."""
         for name, values in (('mean', mean), ('std', std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
@@ -65,7 +68,8 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv3x3(planes, planes), nn.BatchNorm2d(planes)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+            conv = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(planes))
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -73,7 +77,7 @@ class BasicBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Pre-activation block; the shortcut convolution takes the activated input (RobustBench's PreActBlockV2)."""
+    """Its shortcut convolution takes the activated input, as in RobustBench's PreActBlockV2."""
 
     def __init__(self, in_planes, planes, stride):
         super().__init__()
@@ -94,7 +98,9 @@ class WideBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(in_planes), conv3x3(in_planes, planes, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(planes), conv3x3(planes, planes)
-        self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
+        self.convShortcut = None
+        if in_planes != planes:
+            self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
     def forward(self, x):
         out = F.relu(self.bn1(x))
@@ -103,15 +109,18 @@ class WideBlock(nn.Module):
 
 
 def stack(block, in_planes, planes, num_blocks, stride):
-    return nn.Sequential(*(block(planes if i else in_planes, planes, 1 if i else stride) for i in range(num_blocks)))
+    first = block(in_planes, planes, stride)
+    return nn.Sequential(first, *(block(planes, planes, 1) for _ in range(num_blocks - 1)))
 
 
 class ResNet18(Network):
     def __init__(self, num_classes=10, in_channels=3):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(in_channels, 64), nn.BatchNorm2d(64)
-        self.layer1, self.layer2 = stack(BasicBlock, 64, 64, 2, 1), stack(BasicBlock, 64, 128, 2, 2)
-        self.layer3, self.layer4 = stack(BasicBlock, 128, 256, 2, 2), stack(BasicBlock, 256, 512, 2, 2)
+        self.layer1 = stack(BasicBlock, 64, 64, 2, 1)
+        self.layer2 = stack(BasicBlock, 64, 128, 2, 2)
+        self.layer3 = stack(BasicBlock, 128, 256, 2, 2)
+        self.layer4 = stack(BasicBlock, 256, 512, 2, 2)
         self.linear = nn.Linear(512, num_classes)
 
     def embed(self, x):
@@ -128,8 +137,10 @@ class PreActResNet18(Network):
     def __init__(self, num_classes=10, in_channels=3, final_bn=True):
         super().__init__()
         self.conv1 = conv3x3(in_channels, 64)
-        self.layer1, self.layer2 = stack(PreActBlock, 64, 64, 2, 1), stack(PreActBlock, 64, 128, 2, 2)
-        self.layer3, self.layer4 = stack(PreActBlock, 128, 256, 2, 2), stack(PreActBlock, 256, 512, 2, 2)
+        self.layer1 = stack(PreActBlock, 64, 64, 2, 1)
+        self.layer2 = stack(PreActBlock, 64, 128, 2, 2)
+        self.layer3 = stack(PreActBlock, 128, 256, 2, 2)
+        self.layer4 = stack(PreActBlock, 256, 512, 2, 2)
         self.bn = nn.BatchNorm2d(512) if final_bn else None
         self.linear = nn.Linear(512, num_classes)
 
@@ -165,19 +176,22 @@ class WideResNet(Network):
 
 
 class SmallCNN(Network):
-    """The MNIST network of TRADES, for 28 x 28 images, with its own initialisation, without which it hardly learns."""
+    """The MNIST network of TRADES, for 28 x 28 images.
+
+    Its own initialisation is part of it: with torch's default it stays at chance for long.
+    """
 
     def __init__(self, num_classes=10, in_channels=1, dropout=0.5):
         super().__init__()
-        conv, relu, pool = nn.Conv2d, nn.ReLU, nn.MaxPool2d
-        self.feature_extractor, self.classifier = nn.Sequential(), nn.Sequential()
-        for name, layer in (('conv1', conv(in_channels, 32, 3)), ('relu1', relu()), ('conv2', conv(32, 32, 3)),
-                            ('relu2', relu()), ('maxpool1', pool(2)), ('conv3', conv(32, 64, 3)), ('relu3', relu()),
-                            ('conv4', conv(64, 64, 3)), ('relu4', relu()), ('maxpool2', pool(2))):
-            self.feature_extractor.add_module(name, layer)
-        for name, layer in (('fc1', nn.Linear(64 * 4 * 4, 200)), ('relu1', relu()), ('drop', nn.Dropout(dropout)),
-                            ('fc2', nn.Linear(200, 200)), ('relu2', relu()), ('fc3', nn.Linear(200, num_classes))):
-            self.classifier.add_module(name, layer)
+        relu = nn.ReLU
+        self.feature_extractor = nn.Sequential(OrderedDict(
+            conv1=nn.Conv2d(in_channels, 32, 3), relu1=relu(),
+            conv2=nn.Conv2d(32, 32, 3), relu2=relu(), maxpool1=nn.MaxPool2d(2),
+            conv3=nn.Conv2d(32, 64, 3), relu3=relu(),
+            conv4=nn.Conv2d(64, 64, 3), relu4=relu(), maxpool2=nn.MaxPool2d(2)))
+        self.classifier = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(64 * 4 * 4, 200), relu1=relu(), drop=nn.Dropout(dropout),
+            fc2=nn.Linear(200, 200), relu2=relu(), fc3=nn.Linear(200, num_classes)))
         for m in self.feature_extractor:
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight)
@@ -193,9 +207,9 @@ class SmallCNN(Network):
 
 
 def build_model(arch, num_classes=10, in_channels=None, final_bn=True):
-    """A new network of type Network. arch: one of ARCHS, or wideresnet<depth>-<width> in general.
+    """A new Network. arch: one of ARCHS, or wideresnet<depth>-<width> in general.
 
-    in_channels: 1 or 3; default 1 for smallcnn and 3 otherwise. Raises ValueError for an arch it does not know.
+    in_channels: 1 or 3; default 1 for smallcnn, else 3. Raises ValueError for an unknown arch.
     """
     in_channels = in_channels or (1 if arch == 'smallcnn' else 3)
     if arch == 'preactresnet18':
@@ -211,7 +225,7 @@ def build_model(arch, num_classes=10, in_channels=None, final_bn=True):
 # ---------------------------------------------------------------- files of weights
 
 def save_checkpoint(content, path):
-    """Write the dict `content` so that a crash at any moment leaves the old file or the new one, whole."""
+    """Write the dict content; a crash at any moment leaves the old file or the new one, whole."""
     partial = f'{path}.tmp'
     with open(partial, 'wb') as f:
         torch.save(content, f)
@@ -274,14 +288,14 @@ def read_checkpoint(path):
 
 
 def find_state_dict(content):
-    """The weights in a checkpoint, {name: tensor}, with the wrappers' prefixes taken off; ValueError if none."""
+    """The weights in a checkpoint, {name: tensor}, without prefixes; ValueError if none."""
     content = content if isinstance(content, dict) else None
     while content is not None:
         if content and all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items()):
             break
         keys = ('ema_state_dict', 'state_dict', 'model_state_dict', 'net', 'model')
         content = next((content[k] for k in keys if isinstance(content.get(k), dict)), None)
-    # n_averaged: torch's AveragedModel counts in it; sub_block1: never used by TRADES' and MART's WideResNet
+    # n_averaged: a count of torch's AveragedModel; sub_block1: unused, in TRADES' WideResNet
     state = {k: v for k, v in (content or {}).items() if k != 'n_averaged'}
     if not state:
         raise ValueError('holds no state_dict')
@@ -292,9 +306,11 @@ def find_state_dict(content):
 
 
 def infer_arch(state):
-    """(arch, num_classes, in_channels, final_bn) from the names and shapes of a state_dict; ValueError if unknown."""
-    head = next((k for k in ('linear.weight', 'fc.weight', 'classifier.fc3.weight') if k in state), None)
-    first = next((k for k in ('conv1.weight', 'feature_extractor.conv1.weight') if k in state), None)
+    """(arch, num_classes, in_channels, final_bn) of a state_dict; ValueError if unknown."""
+    def known(*names):
+        return next((name for name in names if name in state), None)
+    head = known('linear.weight', 'fc.weight', 'classifier.fc3.weight')
+    first = known('conv1.weight', 'feature_extractor.conv1.weight')
     if head is None or first is None or (state[head].ndim, state[first].ndim) != (2, 4):
         raise ValueError(f"names of no known network ({', '.join(sorted(state)[:3])}, ...)")
     blocks = [k for k in state if re.fullmatch(r'block1\.layer\.\d+\.conv1\.weight', k)]
@@ -308,7 +324,10 @@ def infer_arch(state):
 
 
 def parse_normalization(text):
-    """'none', 'cifar10', 'cifar100' or 'MEAN/STD' (each one number or one a channel, by commas) -> None or (mean, std)."""
+    """'none', 'cifar10', 'cifar100' or 'MEAN/STD' -> None or (mean, std).
+
+    MEAN and STD: one number, or three by commas. Raises ValueError.
+    """
     if text in (None, 'none'):
         return None
     if text in NORMALIZATIONS:
@@ -320,15 +339,17 @@ def parse_normalization(text):
             return mean, std
     except ValueError:
         pass
-    raise ValueError(f"normalize '{text}' is not none, cifar10, cifar100 or MEAN/STD such as 0.5,0.5,0.5/0.25,0.25,0.25")
+    raise ValueError(f"normalize '{text}' is not none, cifar10, cifar100 or MEAN/STD such as "
+                     '0.5,0.5,0.5/0.25,0.25,0.25')
 
 
 def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
     """A trained Network in eval mode, from this project's checkpoints or anyone's.
 
-    path: a bare state_dict, or one under 'ema_state_dict', 'state_dict', 'model_state_dict', 'net' or 'model', with the
-    prefixes module., model., _orig_mod. and module.0. in any nesting. arch, num_classes: checked against the
-    file, and read off the shapes where None. normalize: see parse_normalization. Loading is strict.
+    path: a bare state_dict, or one under 'ema_state_dict', 'state_dict', 'model_state_dict', 'net'
+    or 'model', with the prefixes module., model., _orig_mod. and module.0. in any nesting. arch,
+    num_classes: checked against the file, and read off the shapes where None. normalize: see
+    parse_normalization. Loading is strict.
     Its attribute `dataset` is what the file says under that name, or None.
     Raises FileNotFoundError or ValueError with one line that names the file.
     """
@@ -346,14 +367,16 @@ def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
             raise ValueError(f'has {classes} classes, not {num_classes}')
         model = build_model(arch or found_arch, classes, in_channels, final_bn)
         expected = model.state_dict()
-        missing, unexpected = [k for k in expected if k not in state], [k for k in state if k not in expected]
+        missing = [k for k in expected if k not in state]
+        unexpected = [k for k in state if k not in expected]
         if missing or unexpected:
-            raise ValueError(f"does not fit {arch or found_arch}: missing {', '.join(missing[:3]) or 'nothing'}; "
-                             f"unexpected {', '.join(unexpected[:3]) or 'nothing'}")
+            raise ValueError(f'does not fit {arch or found_arch}: '
+                             f'missing {", ".join(missing[:3]) or "nothing"}; '
+                             f'unexpected {", ".join(unexpected[:3]) or "nothing"}')
         odd = next((k for k in expected if expected[k].shape != state[k].shape), None)
         if odd:
-            raise ValueError(f'does not fit {arch or found_arch}: {odd} has shape {tuple(state[odd].shape)}, '
-                             f'not {tuple(expected[odd].shape)}')
+            raise ValueError(f'does not fit {arch or found_arch}: {odd} has shape '
+                             f'{tuple(state[odd].shape)}, not {tuple(expected[odd].shape)}')
         model.load_state_dict(state)
         odd = next((k for k, v in model.state_dict().items() if not v.isfinite().all()), None)
         if odd:
@@ -370,14 +393,15 @@ def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
 
 
 def read_run(directory, algorithm):
-    """The content of a run's last.pt; FileNotFoundError or ValueError with one line that names the file."""
+    """The content of a run's last.pt; FileNotFoundError or ValueError names the file."""
     path = os.path.join(directory, 'last.pt')
     content = read_checkpoint(path)
-    keys = {'algorithm', 'args', 'state_dict', 'optimizer', 'epoch', 'step', 'total', 'seconds', 'log'}
+    keys = {'algorithm', 'args', 'state_dict', 'optimizer', 'epoch', 'step', 'total', 'seconds',
+            'log'}
     if not isinstance(content, dict) or not keys <= content.keys():
         raise ValueError(f'{path}: not a checkpoint that a run can go on from')
     if content['algorithm'] != algorithm:
-        raise ValueError(f"{path}: a run of train_{content['algorithm']}.py, not of train_{algorithm}.py")
+        raise ValueError(f'{path}: of train_{content["algorithm"]}.py, not of train_{algorithm}.py')
     return content
 
 
@@ -401,7 +425,7 @@ def claim_directory(path, new):
 
 
 def save_run(directory, names, content):
-    """Write content to <name>.pt for each name, and its log as log.csv; returns what failed, or None.
+    """Write content to <name>.pt for each name, its log to log.csv; returns what failed, or None.
 
     A failure is said on stderr and no more: the run goes on, and the next save may work.
     """
@@ -451,7 +475,7 @@ def over_processes(model):
 
 
 def sum_over_processes(model, loss):
-    """Add up the gradients, in place, and the losses of all processes, in one message; returns the sum."""
+    """Sum gradients, in place, and losses over all processes, in one message; returns the loss."""
     if not torch.distributed.is_initialized():
         return loss
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -474,7 +498,7 @@ def any_process(flag):
 # ---------------------------------------------------------------- weights that move
 
 def perturb_weights(model, gamma):
-    """Adversarial weight perturbation (Wu et al., 2020): w += gamma * ||w|| / ||g|| * g, g = w.grad.
+    """Adversarial weight perturbation (Wu et al., 2020): w += gamma ||w|| / ||g|| g, g = w.grad.
 
     Moves the weights of convolutions and linear layers; returns what restore_weights takes back.
     The official proxy network amounts to this: its learning rate cancels in the normalisation.
