@@ -398,7 +398,8 @@ def load_extra(path, dataset, device):
     if images.dtype != np.uint8 or images.shape[1:] != shape or labels.shape != (len(images),):
         raise ValueError(f'{path}: image is {images.dtype} {images.shape}, label {labels.shape}; '
                          f'wanted uint8 (N, {", ".join(map(str, shape))}) and (N,)')
-    if labels.dtype.kind not in 'iu' or not len(labels) or not ((0 <= labels) & (labels < classes)).all():
+    whole = labels.dtype.kind in 'iu' and len(labels) > 0
+    if not whole or labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f'{path}: labels are not whole numbers from 0 to {classes - 1}')
     free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else 2 ** 30
     if images.nbytes <= free / 2:

@@ -1034,7 +1034,8 @@ def test_the_readme_has_the_commands_that_matter():
     assert len(COMMANDS) > 35
     assert 'pip install -r requirements.txt && python -m pytest -q' in README
     assert (
-        'pip install -r requirements.txt && python train_trades.py --dataset digits --entropy-weight --beta 5.5'
+        'pip install -r requirements.txt && python train_trades.py --dataset digits '
+        '--entropy-weight --beta 5.5'
         in README
     )
     assert (
