@@ -271,6 +271,20 @@ def is_stuck(log, num_classes, patience=5):
     return len(log) >= patience and all(row['clean'] < 1.5 / num_classes for row in log[-patience:])
 
 
+def add_data_args(parser):
+    """The flags that TrainingData takes."""
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', choices=DATASETS, default='cifar10')
+    add('--data-dir', default='./data', help='where it is, or is downloaded to')
+    add('--train-size', type=count, help='the first N training images only')
+    add('--test-size', type=count, help='the first N test images only')
+    add('--val-size', type=count_or_zero, default=0, help='hold out the last N training '
+        'images, class-balanced, and select best.pt on them; 0: on the test images, optimistic')
+    add('--extra-data', metavar='FILE.npz', help='more images: `image` uint8 (N, H, W, C), `label`')
+    add('--extra-fraction', type=unit, default=0.7, help='of every batch')
+    add('--steps-per-epoch', type=count, help='(default: what the original images make)')
+
+
 def protocol_help():
     """What "by data set" in the help of a flag stands for."""
     lines = [f'  {name}: ' + ', '.join(f'{k} {v}' for k, v in list(spec.items())[3:])
@@ -1002,7 +1016,8 @@ def prepare(args):
     found = {args.dataset or model.dataset for model in loaded.values()}
     args.dataset = next(iter(found))
     if len(found) > 1 or args.dataset not in DATASETS:
-        raise ValueError(f"the checkpoints are for {', '.join(map(str, found))}: "
+        named = ' and '.join(sorted(str(name or 'none') for name in found))
+        raise ValueError(f"data set named in the checkpoints: {named}; "
                          f"give one --dataset, of {', '.join(DATASETS)}, for all of them")
     spec = DATASETS[args.dataset]
     for path, model in zip(args.model_path, loaded.values()):

@@ -6,6 +6,8 @@
 All networks take images in [0, 1] and return logits. Parameter names are those of the official
 TRADES, MART, GAIRAT and AWP repositories and of RobustBench, so weights travel both ways.
 """
+import argparse
+import atexit
 import contextlib
 import csv
 import fcntl
@@ -461,6 +463,7 @@ def init_processes(device):
         if device.type == 'cuda':
             torch.cuda.set_device(device)
         torch.distributed.init_process_group()  # NCCL for what is on GPUs, Gloo on CPUs
+        atexit.register(torch.distributed.destroy_process_group)
     return int(os.environ.get('RANK', 0)), world
 
 
@@ -539,7 +542,15 @@ def average_of(model, decay):
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
-COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune')
+def add_speed_args(parser):
+    """The flags that accelerate takes."""
+    add = parser.add_argument_group('speed').add_argument
+    add('--amp', action=argparse.BooleanOptionalAction,
+        help='the network in bfloat16, all else in float32 (default: where CUDA has it)')
+    add('--tf32', action='store_true', help='TensorFloat-32 for what is float32')
+    add('--compile', nargs='?', const='default', metavar='MODE',
+        choices=('default', 'reduce-overhead', 'max-autotune'),
+        help='torch.compile the network: default, reduce-overhead or max-autotune (default: off)')
 
 
 def accelerate(model, args, world=1):

@@ -355,7 +355,7 @@ def test_worst_case_attacks_only_what_still_stands(trained):
 
 # ---------------------------------------------------------------- the command
 
-FAST = ['--attacks', 'clean', 'pgd20', 'ls', '--n-examples', 24, '--batch-size', 10,
+FAST = ['--attacks', 'clean', 'pgd20', 'ls', '--n-examples', 12, '--batch-size', 5,
         '--epsilon', 0.04]
 
 
@@ -368,14 +368,14 @@ def test_command(run_directory, trained, tmp_path, capsys):
     table = accuracies(out)
     assert list(table) == ['digits-at-seed1', 'digits-ew-at-seed1']
     assert list(table['digits-at-seed1']) == ['clean', 'pgd20 (0.04)', 'ls (0.04)']
-    assert 'first 24 test images of digits' in out and '| digits-at-seed1 | 24 |' in out
-    images, labels = evaluate.load_data('digits', train=False, size=24)
+    assert 'first 12 test images of digits' in out and '| digits-at-seed1 | 12 |' in out
+    images, labels = evaluate.load_data('digits', train=False, size=12)
     correct, entropies = evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.04,
-                                                  batch_size=10)
+                                                  batch_size=5)
     assert table['digits-at-seed1']['pgd20 (0.04)'] == round(100 * correct.mean(), 2)
     with open(tmp_path / 'a.csv') as f:
         rows = list(csv.DictReader(f))
-    assert float(rows[0]['pgd20 (0.04)']) == correct.mean() and rows[1]['n'] == '24'
+    assert float(rows[0]['pgd20 (0.04)']) == correct.mean() and rows[1]['n'] == '12'
     content = json.loads((tmp_path / 'a.json').read_text())
     assert content['models'][0]['report']['entropy'] == pytest.approx(entropies.mean(), abs=1e-6)
     assert content['args']['seed'] == 1 and 'torch' in content['versions']
@@ -402,8 +402,8 @@ def test_finished_batches_are_not_evaluated_again(run_directory, capsys, monkeyp
     assert run(capsys, *argv)[1] == expected and len(calls) == 5 + 5
     assert run(capsys, *argv)[1] == expected and len(calls) == 10  # answers at once
     # what alters a result asks for it anew, and nothing else does: batches by changed argument
-    for other, batches in ((['--seed', 2], 9), (['--batch-size', 12], 6), (['--epsilon', 0.05], 6),
-                           (['--n-examples', 20], 6), (['--split', 'train'], 9),
+    for other, batches in ((['--seed', 2], 9), (['--batch-size', 6], 6), (['--epsilon', 0.05], 6),
+                           (['--n-examples', 10], 6), (['--split', 'train'], 9),
                            (['--restarts', 2], 6), (['--ls-scale', 5], 3), (['--aa-epsilon', 1], 0),
                            (['--entropy-threshold', 1], 0), (['--no-cuda'], 0)):
         before = len(calls)
@@ -411,28 +411,27 @@ def test_finished_batches_are_not_evaluated_again(run_directory, capsys, monkeyp
         assert len(calls) - before == batches, other
 
 
-def test_a_killed_evaluation_goes_on_and_gives_the_same_table(run_directory, trained, tmp_path):
+def test_a_killed_evaluation_goes_on_and_gives_the_same_table(run_directory, trained, tmp_path,
+                                                              capsys):
     other = make_run(tmp_path / 'other' / 'digits-at-seed1', trained)
-    directory = os.path.dirname(os.path.abspath(evaluate.__file__))
-
-    def start(path):
-        command = [sys.executable, os.path.join(directory, 'evaluate.py'),
-                   '--model-path', str(path), '--attacks', 'pgd20', 'pgd100', '--n-examples', '30',
-                   '--batch-size', '5', '--epsilon', '0.04', '--no-cuda']
-        environment = os.environ | {'OMP_NUM_THREADS': '1'}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                text=True, env=environment)
-    uninterrupted, killed = start(other / 'best.pt'), start(run_directory / 'best.pt')
-    cache = run_directory / 'best.pt.eval.json'
+    argv = ['--attacks', 'pgd20', 'pgd100', '--n-examples', '20', '--batch-size', '4',
+            '--epsilon', '0.04', '--no-cuda', '--model-path']
+    path, cache = run_directory / 'best.pt', run_directory / 'best.pt.eval.json'
+    killed = subprocess.Popen([sys.executable, os.path.abspath(evaluate.__file__), *argv, str(path)],
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              env=os.environ | {'OMP_NUM_THREADS': '1'})
     deadline = time.time() + 60
     while time.time() < deadline and not (cache.exists() and 'pgd100' in cache.read_text()):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    assert killed.communicate()[0] == b'' and killed.returncode == -signal.SIGKILL
     done = sum(map(len, json.loads(cache.read_text()).values()))
-    assert killed.returncode == -signal.SIGKILL and 12 < done < 18
-    resumed = start(run_directory / 'best.pt')
-    assert resumed.communicate()[0] == uninterrupted.communicate()[0] != ''
+    assert 10 < done < 15
+    (code, resumed, _), (_, uninterrupted, _) = run(capsys, *argv, path), run(
+        capsys, *argv, other / 'best.pt')
+    assert code == 0 and resumed == uninterrupted
+    assert json.loads(cache.read_text()) == json.loads(
+        (other / 'best.pt.eval.json').read_text())
 
 
 def test_a_result_of_other_weights_is_never_taken(run_directory, trained, capsys):

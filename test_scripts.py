@@ -669,6 +669,28 @@ def test_two_processes_are_one(tmp_path):
         ] == pytest.approx(b['log'][0]['loss'], abs=1e-5)
 
 
+def test_several_processes_resume_as_well(tmp_path):
+    """SIGTERM to torchrun inside an epoch; resumed, the run ends as one that was not interrupted."""
+    (tmp_path / 'all.py').write_text(SEVERAL.replace("('at', 'trades', 'mart', 'gairat')", "('at',)"))
+    assert torchrun('all.py', 'whole', *TINY, cwd=tmp_path).returncode == 0
+    train = tmp_path / 'train.py'
+    train.write_text('import torch, train_at\ntorch.nn.Dropout.forward = lambda self, x: x\ntrain_at.main()\n')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', train, *TINY]
+    run_of_two = subprocess.Popen(
+        [*command, '--model-dir', 'cut', '--save-every-minutes', '0.0001'], cwd=tmp_path,
+        env=os.environ | THREADS | {'PYTHONPATH': str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    last = tmp_path / 'cut' / 'last.pt'
+    while run_of_two.poll() is None:
+        if last.exists() and models.read_checkpoint(last)['step'] >= 1:
+            run_of_two.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.002)
+    assert '--resume cut' in run_of_two.communicate(timeout=100)[1]
+    assert models.read_checkpoint(last)['step'] >= 1
+    assert torchrun(train, '--resume', 'cut', cwd=tmp_path).returncode == 0
+    same_run(tmp_path / 'cut', tmp_path / 'whole' / 'at-plain')
+
+
 def test_a_process_that_dies_takes_the_run_down(tmp_path):
     (tmp_path / 'dies.py').write_text(
         'import os, train_at\nattack, steps = train_at.attack, []\n'

@@ -14,7 +14,6 @@ the lambda of the paper.
 Departure from the official code, which does not change the loss: the KL is computed from
 log-probabilities, not log(p + 1e-12), so its gradient does not vanish where p underflows.
 """
-import argparse
 import json
 import math
 import os
@@ -133,16 +132,7 @@ def parse_args(argv=None):
     add('--epsilon', type=evaluate.unit, help='L-infinity radius, pixels in [0, 1]; by data set')
     add('--step-size', type=evaluate.unit, help='of the attack, e.g. 2/255; by data set')
     add('--num-steps', type=evaluate.count, help='of the attack; by data set')
-    add = parser.add_argument_group('data').add_argument
-    add('--dataset', choices=evaluate.DATASETS, default='cifar10')
-    add('--data-dir', default='./data', help='where it is, or is downloaded to')
-    add('--train-size', type=evaluate.count, help='the first N training images only')
-    add('--test-size', type=evaluate.count, help='the first N test images only')
-    add('--val-size', type=evaluate.count_or_zero, default=0, help='hold out the last N training '
-        'images, class-balanced, and select best.pt on them; 0: on the test images, optimistic')
-    add('--extra-data', metavar='FILE.npz', help='more images: `image` uint8 (N, H, W, C), `label`')
-    add('--extra-fraction', type=evaluate.unit, default=0.7, help='of every batch')
-    add('--steps-per-epoch', type=evaluate.count, help='(default: what the original images make)')
+    evaluate.add_data_args(parser)
     add = parser.add_argument_group('optimisation').add_argument
     add('--arch', help=f'{", ".join(models.ARCHS)}; by data set')
     add('--batch-size', type=evaluate.count, help='of all processes together; by data set')
@@ -159,12 +149,7 @@ def parse_args(argv=None):
     add('--awp-warmup', type=evaluate.count_or_zero, default=10, help='epochs before it begins')
     add('--ema', type=evaluate.fraction, metavar='DECAY',
         help='average the weights, e.g. 0.995, and select best.pt by the average')
-    add = parser.add_argument_group('speed').add_argument
-    add('--amp', action=argparse.BooleanOptionalAction,
-        help='the network in bfloat16, all else in float32 (default: where CUDA has it)')
-    add('--tf32', action='store_true', help='TensorFloat-32 for what is float32')
-    add('--compile', nargs='?', const='default', choices=models.COMPILE_MODES,
-        help='torch.compile the network, in this mode (default, if none is named: default)')
+    models.add_speed_args(parser)
     add = parser.add_argument_group('run').add_argument
     add('--seed', type=evaluate.count_or_zero, default=1)
     add('--model-dir', help='holds no run yet (default: runs/DATASET-[ew-]ALGORITHM-seedSEED)')
@@ -263,11 +248,14 @@ def train(args, parser):
             'log': log, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(),
             'ema_state_dict': ema and ema.state_dict()})
 
+    def leave(status, why):
+        parser.exit(status, f'{parser.prog}: {why}\n' if rank == 0 else None)
+
     def leave_if_asked():
         if models.any_process(stop):
             save('last')
-            parser.exit(128 + (stop + [signal.SIGTERM])[0], f'{parser.prog}: stopped; to go on: '
-                        f'python {parser.prog} --resume {args.model_dir}\n')
+            leave(128 + (stop + [signal.SIGTERM])[0],
+                  f'stopped; to go on: python {parser.prog} --resume {args.model_dir}')
 
     stop = evaluate.catch_signals()
     while epoch < args.epochs:
@@ -318,9 +306,9 @@ def train(args, parser):
             if report or due or stop or step == len(batches):  # here alone the host waits
                 loss = total.item() / min(step * args.batch_size, data.images_per_epoch)
                 if not (math.isfinite(loss) and models.all_finite(model)):
-                    parser.exit(3, f'{parser.prog}: the loss or a weight is not finite, epoch '
-                                f'{epoch + 1}, step {entered + int(finite) + 1}, learning rate '
-                                f'{lr:g}; the last checkpoint is untouched. Try a lower --lr\n')
+                    leave(3, f'the loss or a weight is not finite, epoch {epoch + 1}, step '
+                          f'{entered + int(finite) + 1}, learning rate {lr:g}; the last checkpoint '
+                          'is untouched. Try a lower --lr, or --no-amp')
                 bar.set_postfix(loss=f'{loss:.3f}')
                 if report and bar.disable:
                     say(f'epoch {epoch + 1}/{args.epochs}  step {step}/{len(batches)}  '
@@ -342,12 +330,12 @@ def train(args, parser):
              *[f'epoch-{epoch}'] * (args.save_freq > 0 and epoch % args.save_freq == 0))
         say(evaluate.describe(log[-1], args.epochs), flush=True)
         if evaluate.is_stuck(log, spec['num_classes']):
-            parser.exit(3, f'{parser.prog}: no better than chance for five epochs; best.pt is from '
-                        f'epoch {models.best_row(log)["epoch"]}. Try a lower --lr or --awp-gamma\n')
+            leave(3, 'no better than chance for five epochs; best.pt is from epoch '
+                  f'{models.best_row(log)["epoch"]}. Try a lower --lr or --awp-gamma')
         if epoch < args.epochs:
             leave_if_asked()
     if failure:
-        parser.exit(1, f'{parser.prog}: {failure}\n')
+        leave(1, failure)
     best = models.best_row(log)
     say(f'best epoch {best["epoch"]}: clean {best["clean"]:.2%}, pgd10 {best["pgd10"]:.2%}. Next: '
         f'python evaluate.py --model-path {os.path.join(args.model_dir, "best.pt")}')
