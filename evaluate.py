@@ -1118,7 +1118,7 @@ def write_files(args, columns, heads, rows, features, classes, device):
         num_classes, threshold = DATASETS[args.dataset]['num_classes'], args.entropy_threshold
         plot_entropy_histogram({row['model']: row['entropies'] for row in rows}, num_classes,
                                threshold, args.figures)
-        strongest = min(list(rows[0]['accuracy'])[1:],
+        strongest = min(reversed(list(rows[0]['accuracy'])[1:]),  # of equals the last
                         key=lambda title: sum(row['accuracy'][title] for row in rows))
         plot_entropy_vs_robustness(
             {row['model']: (row['report']['high_entropy'], row['accuracy'][strongest])

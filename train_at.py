@@ -7,7 +7,7 @@
 x_adv maximises the cross-entropy within epsilon of x, from a uniform random start.
 
     python train_at.py --entropy-weight                    # CIFAR-10, PreActResNet-18
-    python train_at.py --dataset digits --entropy-weight   # two minutes on a CPU
+    python train_at.py --dataset digits --entropy-weight   # minutes on a CPU
 
 As w averages 1, EW-AT doubles the loss: its fair control is --entropy-weight --tau inf (w = 1).
 """

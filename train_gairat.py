@@ -10,7 +10,7 @@ counts the iterates, the start included and the last left out, that are still cl
 few means fragile, and weighs much. Before --begin-epoch, psi = inf: every gamma_hat is 1.
 
     python train_gairat.py --entropy-weight                    # CIFAR-10, PreActResNet-18
-    python train_gairat.py --dataset digits --entropy-weight   # two minutes on a CPU
+    python train_gairat.py --dataset digits --entropy-weight   # minutes on a CPU
 
 Departures from the official code, none of which changes the loss: kappa is counted on the device,
 and the attack computes no gradients of the weights.

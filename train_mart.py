@@ -9,7 +9,7 @@ x_adv maximises the cross-entropy within epsilon of x, from a start of 0.001 Gau
 the lambda of the paper.
 
     python train_mart.py --entropy-weight                    # CIFAR-10, PreActResNet-18
-    python train_mart.py --dataset digits --entropy-weight   # two minutes on a CPU
+    python train_mart.py --dataset digits --entropy-weight   # minutes on a CPU
 
 Departure from the official code, which does not change the loss: the KL is computed from
 log-probabilities, not log(p + 1e-12), so its gradient does not vanish where p underflows.

@@ -7,7 +7,7 @@
 x_adv maximises the KL within epsilon of x, from a start of 0.001 Gaussian noise.
 
     python train_trades.py --entropy-weight --beta 5.5                    # CIFAR-10
-    python train_trades.py --dataset digits --entropy-weight --beta 5.5   # two minutes on a CPU
+    python train_trades.py --dataset digits --entropy-weight --beta 5.5   # minutes on a CPU
 
 Departures from the official code, none of which changes the loss: the clean example is forwarded
 once for the whole attack and once for the loss (there: at every step, and twice), so that BN
