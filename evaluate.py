@@ -192,6 +192,7 @@ def seed_everything(*numbers):
 
     Such draws need no saved random state to go on from, and are the same in any process.
     """
+    numbers = len(numbers), *numbers  # SeedSequence takes (1,) and (1, 0) for the same
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 

@@ -134,6 +134,15 @@ def test_the_log_is_what_the_weights_do(runs):
     assert {k: float(row[k]) for k in again} == pytest.approx(again, abs=1e-6)
 
 
+def test_each_list_of_numbers_seeds_draws_of_its_own():
+    lists = [(1,), (1, 0), (1, 0, 0), (1, 0, 0, 1), (0,), (0, 1), (1, 1), (1, 1, 0), (2,)]
+    draws = []
+    for numbers in lists * 2:
+        evaluate.seed_everything(*numbers)
+        draws.append(torch.rand(()).item())
+    assert draws[:len(lists)] == draws[len(lists):] and len(set(draws)) == len(lists)
+
+
 def test_the_same_command_twice_gives_the_same_weights_and_another_seed_others(tmp_path):
     for name, seed in (('a', 1), ('b', 1), ('c', 2)):
         assert (
