@@ -539,7 +539,9 @@ def average_of(model, decay):
 
     Call .update_parameters(model) after each step; .module is the averaged network.
     """
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    vars(average.module).pop('forward', None)  # accelerate's, compiled, runs the model itself
+    return average
 
 
 def add_speed_args(parser):
@@ -568,4 +570,5 @@ def accelerate(model, args, world=1):
     if args.compile:
         eager, sizes = model.forward, (args.batch_size // world, args.test_batch_size)
         compiled = torch.compile(eager, mode=args.compile, dynamic=False)
-        model.forward = lambda x: (compiled if len(x) in sizes else eager)(x)
+        # clone: a CUDA graph's output is overwritten by its next run
+        model.forward = lambda x: compiled(x).clone() if len(x) in sizes else eager(x)

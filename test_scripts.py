@@ -1051,6 +1051,32 @@ def test_compiled_for_two_batch_sizes_and_no_more(monkeypatch):
     assert compiled == [32, 9, 32] and list(model.state_dict()) == names
 
 
+def test_an_average_runs_its_own_weights_in_the_precision_of_the_model(monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda f, **options: f)
+    model = models.build_model('smallcnn').eval()
+    models.accelerate(model, parsed('--amp', '--compile', '--test-batch-size', 9))
+    average, x = models.average_of(model, 0.9).module, torch.rand(9, 1, 28, 28)
+    nn.init.ones_(model.classifier.fc3.weight)
+    assert average.amp and model(x).any() and not average(x).any()
+
+
+def test_a_network_whose_outputs_are_overwritten_by_its_next_run_is_measured_right(monkeypatch):
+    """So do CUDA graphs, --compile reduce-overhead."""
+    memory = torch.empty(24, 10)
+
+    def graph(f, **options):
+        return lambda x: f(x) if torch.is_grad_enabled() else memory.copy_(f(x))
+
+    images, labels = evaluate.load_data('digits', train=False, size=24)
+    model = models.build_model('smallcnn')
+    nn.init.normal_(model.classifier.fc3.weight)
+    rows = [evaluate.evaluate_epoch(model, images, labels, 0.3, 24, seed=1)]
+    monkeypatch.setattr(torch, 'compile', graph)
+    models.accelerate(model, parsed('--compile', '--test-batch-size', 24))
+    rows += [evaluate.evaluate_epoch(model, images, labels, 0.3, 24, seed=1)]
+    assert rows[0] == rows[1] and rows[0]['clean'] != rows[0]['pgd10']
+
+
 # ---------------------------------------------------------------- evaluate.py and the loader
 
 

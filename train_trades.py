@@ -214,8 +214,8 @@ def train(args, parser):
     model = models.over_processes(model.to(device, memory_format=torch.channels_last))
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay)
-    ema = models.average_of(model, args.ema) if args.ema else None
     models.accelerate(model, args, world)
+    ema = models.average_of(model, args.ema) if args.ema else None
     # Where the run stands: epochs done, steps done of the next, their summed loss, seconds, log.
     # Random numbers follow from (seed, epoch, step): there is no random state to keep.
     at = {'epoch': 0, 'step': 0, 'total': 0.0, 'seconds': 0.0, 'log': []}
