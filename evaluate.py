@@ -256,6 +256,7 @@ def to_float(images):
     x = images.float() / 255
     return x.contiguous(memory_format=torch.channels_last)
 
+
 def describe(row, epochs):
     """A row of log.csv as the line that a person reads, with the time that is left."""
     left = row['seconds'] / row['epoch'] * (epochs - row['epoch'])
@@ -317,7 +318,6 @@ def catch_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)
     return caught
-
 
 
 class TrainingData:

@@ -254,7 +254,7 @@ def train(args, parser):
     say(f'{ALGORITHM}{" with entropy weights" * args.entropy_weight}: {args.arch}, {args.epochs} '
         f'epochs of {data.images_per_epoch:,} images of {args.dataset}, {world} process(es) on '
         f'{about["versions"]["device"]}; kept in {args.model_dir}; best.pt is selected on the '
-        f'{"validation images" if args.val_size else "test images, which is optimistic"}', flush=True)
+        f'{"validation images" if args.val_size else "test images (optimistic)"}', flush=True)
 
     def save(*names):
         nonlocal failure, next_save
