@@ -20,6 +20,7 @@ where it was when it is given again, and a finished one answers at once.
 import argparse
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -41,11 +42,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import models
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # size: height and width in pixels; epsilon and what trains: the protocol of the paper, for digits
 # one with which all eight methods learn
@@ -236,7 +232,10 @@ def _open_torchvision(dataset, data_dir, train):
         return kind(data_dir, train=train)
     except RuntimeError:  # torchvision's "not found or corrupted"
         try:
-            return kind(data_dir, train=train, download=True)
+            os.makedirs(data_dir, exist_ok=True)
+            with open(os.path.join(data_dir, '.lock'), 'w') as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one downloads, the others then find it there
+                return kind(data_dir, train=train, download=True)
         except (OSError, RuntimeError) as error:
             where = os.path.join(data_dir, 'MNIST/raw' if dataset == 'mnist' else kind.base_folder)
             raise FileNotFoundError(
@@ -553,8 +552,8 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if several else 0
     world = torch.distributed.get_world_size() if several else 1
-    was_training = model.training
-    model.eval()
+    was_training, needed = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)  # as in training, memory, and gradients if compiled
     sums = torch.zeros(4, dtype=torch.float64, device=images.device)
     for i in range(rank * batch_size, len(images), world * batch_size):
         x, y = to_float(images[i:i + batch_size]), labels[i:i + batch_size]
@@ -566,6 +565,8 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
         sums += torch.stack([v.double().sum() for v in (
             logits.argmax(1) == y, logits_adv.argmax(1) == y, h, h > threshold)])
     model.train(was_training)
+    for p in needed:
+        p.requires_grad_()
     if several:
         torch.distributed.all_reduce(sums)
     row = dict(zip(('clean', 'pgd10', 'entropy', 'high_entropy'), (sums / len(images)).tolist()))
@@ -696,8 +697,7 @@ class Results:
         partial = f'{self.path}.{os.getpid()}.tmp'
         try:
             with open(self.model_path, 'rb') as lock:
-                if fcntl:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 merged = self.read()
                 merged |= {k: v for k, v in self.known.items() if len(v) >= len(merged.get(k, ()))}
                 with open(partial, 'w') as f:

@@ -9,6 +9,7 @@ TRADES, MART, GAIRAT and AWP repositories and of RobustBench, so weights travel 
 import argparse
 import atexit
 import contextlib
+import copy
 import csv
 import fcntl
 import math
@@ -23,7 +24,7 @@ from collections import OrderedDict
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 ARCHS = ('preactresnet18', 'resnet18', 'wideresnet28-10', 'wideresnet34-10', 'smallcnn')
 NORMALIZATIONS = {'cifar10': ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
@@ -462,7 +463,9 @@ def init_processes(device):
     if world > 1 and not torch.distributed.is_initialized():
         if device.type == 'cuda':
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group()  # NCCL for what is on GPUs, Gloo on CPUs
+        # Gloo as well, for flags: to ask any_process by NCCL, the host would wait for the GPU
+        gpus = device.type == 'cuda'
+        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
         atexit.register(torch.distributed.destroy_process_group)
     return int(os.environ.get('RANK', 0)), world
 
@@ -534,14 +537,21 @@ def frozen_statistics(model, frozen=True):
             m.track_running_stats = True
 
 
-def average_of(model, decay):
-    """The exponential moving average of a model's weights, with its latest BN buffers.
+def copy_of(model):
+    """A copy with weights of its own, of the same --amp and never compiled."""
+    copied = copy.deepcopy(model)
+    vars(copied).pop('forward', None)  # accelerate's, compiled, runs the model itself
+    return copied
 
-    Call .update_parameters(model) after each step; .module is the averaged network.
+
+def average(ema, model, decay):
+    """Move ema, a copy_of(model), to decay * ema + (1 - decay) * model; BN buffers are the model's.
+
+    The host does not wait for the device in it, as it would in torch's AveragedModel.
     """
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    vars(average.module).pop('forward', None)  # accelerate's, compiled, runs the model itself
-    return average
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+    for ours, latest in zip(ema.buffers(), model.buffers()):
+        ours.copy_(latest)
 
 
 def add_speed_args(parser):
@@ -558,17 +568,19 @@ def add_speed_args(parser):
 def accelerate(model, args, world=1):
     """Let a Network run as --amp, --tf32 and --compile of args say; its names stay as they are.
 
-    --amp None means: where the network is on a CUDA device that has bfloat16. Compiled are the two
-    batch sizes of training and evaluation; any other, such as the last of an epoch, runs as it
-    is, since each would be compiled anew.
+    --amp None means, and becomes: whether the network is on a CUDA device that has bfloat16.
+    Compiled are the batch sizes of training and evaluation; any other, such as the last of an
+    epoch, runs as it is, since each would be compiled anew.
     """
     device = next(model.parameters()).device
-    model.amp = args.amp
     if args.amp is None:
-        model.amp = device.type == 'cuda' and torch.cuda.is_bf16_supported()
+        args.amp = device.type == 'cuda' and torch.cuda.is_bf16_supported(False)  # no emulation
+    model.amp = args.amp
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     if args.compile:
-        eager, sizes = model.forward, (args.batch_size // world, args.test_batch_size)
+        share = args.batch_size / world
+        sizes = math.floor(share), math.ceil(share), args.test_batch_size
+        eager = model.forward
         compiled = torch.compile(eager, mode=args.compile, dynamic=False)
         # clone: a CUDA graph's output is overwritten by its next run
         model.forward = lambda x: compiled(x).clone() if len(x) in sizes else eager(x)

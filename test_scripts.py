@@ -446,7 +446,7 @@ def test_averaged_weights_and_weight_perturbation_survive_as_well(interrupted, t
         torch.equal(a['ema_state_dict'][k], b['ema_state_dict'][k]) for k in a['ema_state_dict']
     )
     assert not torch.equal(
-        a['ema_state_dict']['module.classifier.fc3.weight'],
+        a['ema_state_dict']['classifier.fc3.weight'],
         a['state_dict']['classifier.fc3.weight'],
     )
     assert 'ema_pgd10' in a['log'][-1] and models.best_row(a['log'])['ema_pgd10'] == max(
@@ -456,7 +456,7 @@ def test_averaged_weights_and_weight_perturbation_survive_as_well(interrupted, t
         tmp_path / 'whole' / 'last.pt'
     ).state_dict()  # the average is what counts
     assert torch.equal(
-        loaded['classifier.fc3.weight'], a['ema_state_dict']['module.classifier.fc3.weight']
+        loaded['classifier.fc3.weight'], a['ema_state_dict']['classifier.fc3.weight']
     )
 
 
@@ -949,20 +949,20 @@ def test_weight_perturbation_takes_the_update_at_the_moved_weights(
 def test_averaged_weights_are_the_exponential_average_with_the_latest_statistics():
     torch.manual_seed(0)
     model = models.build_model('resnet18', 3)
-    ema, by_hand = models.average_of(model, 0.9), None
-    for _ in range(4):
+    ema, by_hand = models.copy_of(model), None
+    for step in range(4):
         with torch.no_grad():
             for p in model.parameters():
                 p += torch.randn_like(p)
         model.bn1.running_mean += 1
-        ema.update_parameters(model)
+        models.average(ema, model, 0.9 * (step > 0))
         weights = [p.detach().double() for p in model.parameters()]
         by_hand = (
             weights if by_hand is None else [0.9 * a + 0.1 * p for a, p in zip(by_hand, weights)]
         )
-    for a, p in zip(by_hand, ema.module.parameters()):
+    for a, p in zip(by_hand, ema.parameters()):
         assert torch.allclose(a.float(), p, atol=1e-5)
-    assert torch.equal(ema.module.bn1.running_mean, model.bn1.running_mean)
+    assert torch.equal(ema.bn1.running_mean, model.bn1.running_mean)
 
 
 @pytest.mark.parametrize('algorithm', ALGORITHMS)
@@ -1045,17 +1045,64 @@ def test_compiled_for_two_batch_sizes_and_no_more(monkeypatch):
     )
     model = models.build_model('smallcnn').eval()
     names = list(model.state_dict())
-    models.accelerate(model, parsed('--compile', '--test-batch-size', 9))
+    models.accelerate(model, args := parsed('--compile', '--test-batch-size', 9))
     for size in (32, 9, 7, 32):
         assert model(torch.rand(size, 1, 28, 28)).shape == (size, 10)
-    assert compiled == [32, 9, 32] and list(model.state_dict()) == names
+    assert compiled == [32, 9, 32] and list(model.state_dict()) == names and args.amp is False
+    compiled.clear()
+    model = models.build_model('smallcnn').eval()
+    models.accelerate(model, parsed('--compile', '--batch-size', 8), world=3)
+    for size in (4, 3, 2):
+        model(torch.rand(size, 1, 28, 28))
+    assert compiled == [3, 2]
+
+
+def test_evaluation_takes_no_gradients_of_weights():
+    images, labels = evaluate.load_data('digits', train=False, size=8)
+    model, seen = models.build_model('smallcnn'), []
+    model.classifier.fc1.weight.requires_grad_(False)
+    needed = [p.requires_grad for p in model.parameters()]
+    model.register_forward_hook(
+        lambda *_: seen.append(any(p.requires_grad for p in model.parameters()))
+    )
+    evaluate.evaluate_epoch(model, images, labels, 0.1, 8, seed=1)
+    assert len(seen) == 12 and not any(seen)
+    assert [p.requires_grad for p in model.parameters()] == needed and model.training
+
+
+@pytest.mark.parametrize('kind, backend', [('cuda', 'cpu:gloo,cuda:nccl'), ('cpu', 'gloo')])
+def test_processes_talk_of_tensors_on_gpus_and_cpus(kind, backend, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.distributed, 'init_process_group', asked.append)
+    monkeypatch.setattr(models.atexit, 'register', lambda f: None)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    monkeypatch.setenv('RANK', '3')
+    assert models.init_processes(torch.device(kind)) == (3, 4) and asked == [backend]
+
+
+def test_one_process_downloads_at_a_time(tmp_path, monkeypatch):
+    import fcntl
+    import torchvision
+
+    class Images:
+        base_folder, data, targets = 'x', np.zeros((1, 32, 32, 3), np.uint8), [0]
+
+        def __init__(self, root, train, download=False):
+            if not download:
+                raise RuntimeError('Dataset not found')
+            with open(os.path.join(root, '.lock')) as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', Images)
+    assert len(evaluate.load_data('cifar10', str(tmp_path / 'new'))[0]) == 1
 
 
 def test_an_average_runs_its_own_weights_in_the_precision_of_the_model(monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda f, **options: f)
     model = models.build_model('smallcnn').eval()
     models.accelerate(model, parsed('--amp', '--compile', '--test-batch-size', 9))
-    average, x = models.average_of(model, 0.9).module, torch.rand(9, 1, 28, 28)
+    average, x = models.copy_of(model), torch.rand(9, 1, 28, 28)
     nn.init.ones_(model.classifier.fc3.weight)
     assert average.amp and model(x).any() and not average(x).any()
 

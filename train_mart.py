@@ -216,7 +216,7 @@ def train(args, parser):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay)
     models.accelerate(model, args, world)
-    ema = models.average_of(model, args.ema) if args.ema else None
+    ema = models.copy_of(model) if args.ema else None
     # Where the run stands: epochs done, steps done of the next, their summed loss, seconds, log.
     # Random numbers follow from (seed, epoch, step): there is no random state to keep.
     at = {'epoch': 0, 'step': 0, 'total': 0.0, 'seconds': 0.0, 'log': []}
@@ -296,7 +296,7 @@ def train(args, parser):
             total += loss
             optimizer.step()
             if ema:
-                ema.update_parameters(model)
+                models.average(ema, model, args.ema * (epoch + step > 0))
 
             step += 1
             finite += total.isfinite()
@@ -323,7 +323,7 @@ def train(args, parser):
         speed = timed / (time.time() - start)
         row = {'epoch': epoch + 1, 'lr': lr, 'loss': loss}
         row |= evaluate.evaluate_epoch(model, *data.held_out, args.epsilon, args.test_batch_size,
-                                       args.seed, average=ema and ema.module)
+                                       args.seed, average=ema)
         log.append(row | {'images_per_s': speed, 'seconds': time.time() - began})
         epoch, step = epoch + 1, 0
         total.zero_()
