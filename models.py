@@ -43,10 +43,10 @@ class Network(nn.Module):
     dataset = None  # that a checkpoint was trained on, where load_model found it in the file
 
     def forward(self, x):
-        bfloat16 = torch.autocast(x.device.type, torch.bfloat16)
-        with bfloat16 if self.amp else contextlib.nullcontext():
-            logits = self.classify(self.features(x))
-        return logits.float() if self.amp else logits
+        if not self.amp:
+            return self.classify(self.features(x))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.classify(self.features(x)).float()
 
     def features(self, x):
         """Penultimate features (B, D) of images x (B, C, H, W) in [0, 1]."""

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import models
@@ -1036,6 +1037,83 @@ def test_a_step_keeps_mode_gradients_and_memory_format(tmp_path, monkeypatch):
     assert formats == [[True, True]] and networks[0].training
     assert all(p.requires_grad for p in networks[0].parameters())
     assert networks[0].layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which, on a GPU, the host would wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        aten, (values, *more) = torch.ops.aten, args or (None,)
+        masks = more[0] if f is aten.index.Tensor else ()
+        self.count += any(i is not None and i.dtype == torch.bool for i in masks)
+        self.count += f.overloadpacket in (
+            aten._local_scalar_dense,
+            aten.nonzero,
+            aten.masked_select,
+            aten.equal,
+        )
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('algorithm', ALGORITHMS)
+def test_no_step_waits_for_the_device(algorithm, tmp_path, monkeypatch):
+    """Twice the steps, in the real loop with everything on, wait no more often."""
+    options = '--dataset digits --batch-size 8 --epochs 1 --test-size 8 --num-steps 2 --no-cuda '
+    options += '--entropy-weight --ema 0.9 --awp-gamma 0.01 --awp-warmup 0'
+    waits = []
+    for size in (24, 48):
+        args = [*options.split(), '--train-size', size, '--model-dir', tmp_path / str(size)]
+        with Waits() as mode:
+            assert main_of(f'train_{algorithm}', args, monkeypatch) == 0
+        waits.append(mode.count)
+    assert waits[0] == waits[1] > 0
+
+
+@pytest.mark.parametrize(
+    'arch, amp',
+    [('smallcnn', '--no-amp'), ('preactresnet18', '--amp'), ('wideresnet10-1', '--amp')],
+)
+def test_a_network_compiles_whole_and_once_for_each_use(arch, amp, monkeypatch):
+    """And is then compiled no more: not for a last batch, moved weights or another epoch."""
+    import train_trades
+
+    graphs, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch,
+        'compile',
+        lambda f, mode, dynamic: compile_(f, backend=backend, dynamic=dynamic, fullgraph=True),
+    )
+    torch._dynamo.reset()
+    model = models.build_model(arch, in_channels=1)
+    models.accelerate(model, parsed(amp, '--compile', '--batch-size', 4, '--test-batch-size', 6))
+    images, labels = evaluate.load_data('digits', train=False, size=12)
+    if arch != 'smallcnn':
+        images = images[:, :, 8:20, 8:20].contiguous()
+    after = []
+    for _ in range(2):
+        for size in (4, 3):
+            x, y = evaluate.to_float(images[:size]), labels[:size]
+            model.requires_grad_(False)
+            x_adv = train_trades.attack(model, x, x, y, 0.02, 0.1, 2)
+            model.requires_grad_(True)
+            for moving in (True, False):
+                with models.frozen_statistics(model, moving):
+                    losses, _ = train_trades.example_losses(model, x, x_adv, y, entropy_weight=True)
+                losses.mean().backward()
+                if moving:
+                    moved = models.perturb_weights(model, 0.01)
+            models.restore_weights(moved)
+        evaluate.evaluate_epoch(model, images, labels, 0.1, 6, seed=1)
+        after.append(len(graphs))
+    # attack with and without gradient, loss, the same with statistics frozen, evaluation
+    assert after[0] == after[1] <= 6
 
 
 def test_compiled_for_two_batch_sizes_and_no_more(monkeypatch):
