@@ -584,13 +584,18 @@ def exact(model, device):
     """
     training = [(m, m.training) for m in model.modules()]
     parameters = [(p, p.requires_grad) for p in model.parameters()]
-    amp, precision = getattr(model, 'amp', False), torch.get_float32_matmul_precision()
+    amp, cudnn, onednn = getattr(model, 'amp', False), torch.backends.cudnn, torch.backends.mkldnn
+    # by the newer of torch's two interfaces: the older does not undo TF32 that was set by this one
+    units = torch.backends.cuda.matmul, cudnn.conv, onednn.matmul, onednn.conv
+    precisions = [unit.fp32_precision for unit in units]
+    algorithms = cudnn.deterministic, cudnn.benchmark
     try:
         model.eval().requires_grad_(False)
         model.amp = False
-        torch.set_float32_matmul_precision('highest')
-        with (torch.random.fork_rng([device] if device.type == 'cuda' else []),
-              torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)):
+        for unit in units:
+            unit.fp32_precision = 'ieee'
+        cudnn.deterministic, cudnn.benchmark = True, False
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             yield
     finally:
         for m, mode in training:
@@ -598,7 +603,9 @@ def exact(model, device):
         for p, needed in parameters:
             p.requires_grad_(needed)
         model.amp = amp
-        torch.set_float32_matmul_precision(precision)
+        for unit, precision in zip(units, precisions):
+            unit.fp32_precision = precision
+        cudnn.deterministic, cudnn.benchmark = algorithms
 
 
 def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch_size=250, seed=1,

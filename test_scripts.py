@@ -1457,7 +1457,7 @@ def test_train_mode_is_evaluated_in_eval_mode_and_left_as_it_was():
     model[0].weight.requires_grad_(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     torch.manual_seed(123)
-    state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
+    state = torch.get_rng_state()
     correct, _ = evaluate.evaluate_attack(model, images, labels, 'pgd10', 0.02)
     assert (correct == expected).all()
     assert [m.training for m in model] == [True, False, True, True, True] and model.training
@@ -1465,7 +1465,36 @@ def test_train_mode_is_evaluated_in_eval_mode_and_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
-    assert precision == torch.get_float32_matmul_precision()
+
+
+PRECISIONS = """
+import torch
+import evaluate, models
+
+units = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul,
+         torch.backends.mkldnn.conv)
+
+def state():
+    cudnn = torch.backends.cudnn
+    return [u.fp32_precision for u in units], cudnn.deterministic, cudnn.benchmark
+
+for setting in ('', 'set_float32_matmul_precision("medium")', 'backends.cudnn.benchmark = True',
+                'backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True',
+                'backends.fp32_precision = "tf32"'):
+    if setting:
+        exec('torch.' + setting)
+    before = state()
+    with evaluate.exact(models.build_model('smallcnn'), torch.device('cpu')):
+        assert state() == (['ieee'] * 4, True, False), (setting, state())
+    assert state() == before, (setting, before, state())
+"""
+
+
+def test_evaluation_is_without_tf32_however_it_was_set(tmp_path):
+    """In a process of its own: torch refuses to read its older settings once newer ones are set."""
+    (tmp_path / 'set.py').write_text(PRECISIONS)
+    done = run(tmp_path / 'set.py', cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
 
 
 def test_evaluation_is_in_float32_whatever_training_was(trained):
