@@ -448,13 +448,13 @@ def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, rand
     x_adv = x
     if random_start:
         x_adv = (x + torch.empty_like(x).uniform_(-epsilon, epsilon)).clamp(0, 1)
+    low, high = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
     for _ in range(num_steps):
         x_adv = x_adv.detach().requires_grad_()
         with torch.enable_grad():
             loss = F.cross_entropy(logit_scale * model(x_adv), y, reduction='sum')
         grad, = torch.autograd.grad(loss, x_adv)
-        x_adv = x_adv.detach() + step_size * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
+        x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
     return x_adv.detach()
 
 

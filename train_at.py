@@ -59,13 +59,13 @@ def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
     Returns x_adv, within epsilon of x_natural and in [0, 1].
     """
     model.eval()
+    low, high = (x_natural - epsilon).clamp(0, 1), (x_natural + epsilon).clamp(0, 1)
     for _ in range(perturb_steps):
         x_adv = x_adv.detach().requires_grad_()
         with torch.enable_grad():
             loss = F.cross_entropy(model(x_adv), y, reduction='sum')
         grad, = torch.autograd.grad(loss, x_adv)
-        x_adv = x_adv.detach() + step_size * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x_natural - epsilon), x_natural + epsilon).clamp(0, 1)
+        x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
     model.train()
     return x_adv.detach().clamp(0, 1)
 

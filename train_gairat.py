@@ -75,6 +75,7 @@ def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
     """
     model.eval()
     kappa = torch.zeros_like(y, dtype=x_natural.dtype)
+    low, high = (x_natural - epsilon).clamp(0, 1), (x_natural + epsilon).clamp(0, 1)
     for _ in range(perturb_steps):
         x_adv = x_adv.detach().requires_grad_()
         with torch.enable_grad():
@@ -82,8 +83,7 @@ def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
             loss = F.cross_entropy(logits, y, reduction='sum')
         kappa += logits.argmax(1) == y
         grad, = torch.autograd.grad(loss, x_adv)
-        x_adv = x_adv.detach() + step_size * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x_natural - epsilon), x_natural + epsilon).clamp(0, 1)
+        x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
     model.train()
     return x_adv.detach().clamp(0, 1), kappa
 

@@ -64,14 +64,14 @@ def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
     model.eval()
     with torch.no_grad():
         log_p = F.log_softmax(model(x_natural), dim=1)
+    low, high = (x_natural - epsilon).clamp(0, 1), (x_natural + epsilon).clamp(0, 1)
     for _ in range(perturb_steps):
         x_adv = x_adv.detach().requires_grad_()
         with torch.enable_grad():
             log_q = F.log_softmax(model(x_adv), dim=1)
             kl = F.kl_div(log_q, log_p, reduction='sum', log_target=True)
         grad, = torch.autograd.grad(kl, x_adv)
-        x_adv = x_adv.detach() + step_size * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x_natural - epsilon), x_natural + epsilon).clamp(0, 1)
+        x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
     model.train()
     return x_adv.detach().clamp(0, 1)
 
