@@ -1,5 +1,4 @@
-"""Data sets, attacks and metrics; as a command, the robustness of anyone's L-infinity-trained
-image classifiers.
+"""Attacks and metrics; as a command, the robustness of anyone's L-infinity-trained classifiers.
 
     python evaluate.py --model-path runs/cifar10-ew-trades-seed1/best.pt
     python evaluate.py --model-path a.pt b.pt c.pt --attacks pgd20 ls autoattack --figures figures/
@@ -17,7 +16,6 @@ where it was when it is given again, and a finished one answers at once.
     autoattack   the standard version: apgd-ce, apgd-t, fab-t and square, each on what withstood
                  those before it; each of the four can be asked for alone as well
 """
-import argparse
 import contextlib
 import csv
 import fcntl
@@ -27,412 +25,18 @@ import json
 import logging
 import math
 import os
-import platform
 import re
-import signal
-import struct
 import sys
 import tempfile
 import time
-import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import data
 import models
-
-# size: height and width in pixels; epsilon and what trains: the protocol of the paper, for digits
-# one with which all eight methods learn
-CIFAR = dict(arch='preactresnet18', epochs=110, lr=0.1, lr_milestones=[100, 105], weight_decay=5e-4,
-             batch_size=128, epsilon=8 / 255, step_size=2 / 255, num_steps=10)
-DATASETS = {
-    'cifar10': dict(num_classes=10, in_channels=3, size=32, **CIFAR),
-    'cifar100': dict(num_classes=100, in_channels=3, size=32, **CIFAR),
-    'mnist': dict(num_classes=10, in_channels=1, size=28, arch='smallcnn', epochs=100, lr=0.01,
-                  lr_milestones=[20, 40], weight_decay=1e-4, batch_size=128, epsilon=0.3,
-                  step_size=0.01, num_steps=40),
-    'digits': dict(num_classes=10, in_channels=1, size=28, arch='smallcnn', epochs=20, lr=0.02,
-                   lr_milestones=[15, 18], weight_decay=1e-4, batch_size=32, epsilon=0.1,
-                   step_size=0.025, num_steps=7),
-}
-
-
-# ---------------------------------------------------------------- command lines
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the default where there is one and the help does not speak of it."""
-
-    def _get_help_string(self, action):
-        told, none = action.help or '', (None, False, argparse.SUPPRESS)
-        default = '' if action.default in none or 'default' in told else ' (default: %(default)s)'
-        return told + default
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but a user's mistake is one line on stderr (and exit status 2, as ever)."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f'{self.prog}: error: {" ".join(str(message).split())}\n')
-
-    def parse_resumed(self, argv, saved, may_differ):
-        """The arguments of a saved run, {name: value}, with those of argv that may differ.
-
-        Raises ValueError for another that does, and for fewer epochs.
-        """
-        self.set_defaults(**saved)
-        args = self.parse_args(argv)
-        for name, value in saved.items():
-            given = getattr(args, name)
-            if given != value and (name not in may_differ or name == 'epochs' and given < value):
-                flag = '--' + name.replace('_', '-')
-                raise ValueError(f'{flag} {given} is not that of the run, {value}')
-        return args
-
-
-def number(text):
-    """A float, also written as a fraction: '8/255', '0.031', 'inf'."""
-    numerator, slash, denominator = text.partition('/')
-    try:
-        value = float(numerator) / (float(denominator) if slash else 1)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
-    return value
-
-
-def positive(text):
-    """A number above zero; 'inf' is one."""
-    if number(text) <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not above zero")
-    return number(text)
-
-
-def positive_finite(text):
-    if math.isinf(positive(text)):
-        raise argparse.ArgumentTypeError(f"'{text}' is not finite")
-    return number(text)
-
-
-def unit(text):
-    """A number above zero and up to 1: a length in pixels scaled to [0, 1]."""
-    if positive(text) > 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is above 1; pixels are in [0, 1]: write 8/255")
-    return number(text)
-
-
-def fraction(text):
-    """A number above zero and below 1."""
-    if unit(text) == 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not below 1")
-    return number(text)
-
-
-def non_negative(text):
-    if not 0 <= number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is not zero or above, and finite")
-    return number(text)
-
-
-def count(text):
-    """A whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
-
-
-def count_or_zero(text):
-    return 0 if text == '0' else count(text)
-
-
-def check_fit(dataset, arch):
-    """ValueError where images of the data set do not go into the network."""
-    if arch == 'smallcnn' and DATASETS[dataset]['size'] != 28:
-        raise ValueError(f"smallcnn takes 28 x 28 images, and those of {dataset} are 32 x 32")
-
-
-def pick_device(no_cuda=False):
-    """The CUDA device, or the CPU; it says so where CUDA_VISIBLE_DEVICES leaves no device."""
-    if not no_cuda and torch.cuda.is_available():
-        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-    if not no_cuda and os.environ.get('CUDA_VISIBLE_DEVICES') is not None:
-        print("no CUDA device with CUDA_VISIBLE_DEVICES="
-              f"'{os.environ['CUDA_VISIBLE_DEVICES']}': running on the CPU", file=sys.stderr)
-    return torch.device('cpu')
-
-
-def synchronize(device):
-    """Wait for a CUDA device to finish, so that a clock can be read."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def versions(device):
-    """What a number was measured with: device and software."""
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpu = platform.processor() or platform.machine()
-        name = f'{cpu} CPU, {torch.get_num_threads()} threads'
-    return {'device': name, 'python': platform.python_version(), 'torch': str(torch.__version__),
-            'numpy': np.__version__}
-
-
-def seed_everything(*numbers):
-    """Seed torch's generators with a hash of whole numbers, e.g. (seed, epoch, step).
-
-    Such draws need no saved random state to go on from, and are the same in any process.
-    """
-    numbers = len(numbers), *numbers  # SeedSequence takes (1,) and (1, 0) for the same
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-
-
-# ---------------------------------------------------------------- data
-
-def load_data(dataset, data_dir='./data', train=True, size=None, device='cpu'):
-    """The first `size` (default: all) of a split: uint8 images (N, C, H, W), int64 labels (N,).
-
-    cifar10, cifar100 and mnist are looked for in data_dir, and else downloaded to it; digits is
-    scikit-learn's. Raises FileNotFoundError where neither works, ValueError where size is above N.
-    """
-    if dataset == 'digits':
-        images, labels = _load_digits(train)
-    else:
-        data = _open_torchvision(dataset, data_dir, train)
-        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets).long()
-        images = images.unsqueeze(1) if dataset == 'mnist' else images.permute(0, 3, 1, 2)
-        images = images.contiguous()
-    if size is not None and size > len(images):
-        split = 'training' if train else 'test'
-        raise ValueError(f'{dataset} has {len(images)} {split} images, fewer than {size}')
-    return images[:size].to(device), labels[:size].to(device)
-
-
-def _load_digits(train):
-    """1,797 handwritten digits, 8 x 8 made 28 x 28; every fifth is a test image: 1,437 and 360."""
-    from sklearn.datasets import load_digits
-    images, labels = load_digits(return_X_y=True)
-    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    images = F.interpolate(images, size=28, mode='bilinear', align_corners=False)
-    chosen = (torch.arange(len(images)) % 5 != 0) == train
-    images = (images * 255).round().to(torch.uint8)
-    return images[chosen], torch.tensor(labels, dtype=torch.int64)[chosen]
-
-
-def _open_torchvision(dataset, data_dir, train):
-    from torchvision import datasets
-    kind = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100,
-            'mnist': datasets.MNIST}[dataset]
-    try:
-        return kind(data_dir, train=train)
-    except RuntimeError:  # torchvision's "not found or corrupted"
-        try:
-            os.makedirs(data_dir, exist_ok=True)
-            with open(os.path.join(data_dir, '.lock'), 'w') as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one downloads, the others then find it there
-                return kind(data_dir, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            where = os.path.join(data_dir, 'MNIST/raw' if dataset == 'mnist' else kind.base_folder)
-            raise FileNotFoundError(
-                f'{dataset} is not in {where} and could not be downloaded there ({error}); '
-                '--dataset digits needs no download') from None
-
-
-def class_names(dataset, data_dir='./data'):
-    """The names of a data set's classes in the order of its labels."""
-    if dataset.startswith('cifar'):
-        return _open_torchvision(dataset, data_dir, False).classes
-    return [str(k) for k in range(10)]
-
-
-def to_float(images):
-    """uint8 images -> float32 in [0, 1], channels last in memory, as convolutions like it."""
-    x = images.float() / 255
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def describe(row, epochs):
-    """A row of log.csv as the line that a person reads, with the time that is left."""
-    left = row['seconds'] / row['epoch'] * (epochs - row['epoch'])
-    return (f'epoch {row["epoch"]}/{epochs}  lr {row["lr"]:g}  loss {row["loss"]:.3f}  '
-            f'clean {row["clean"]:.2%}  pgd10 {row["pgd10"]:.2%}  entropy {row["entropy"]:.2f}, '
-            f'{row["high_entropy"]:.1%} above 1.5  {row["images_per_s"]:,.0f} images/s  '
-            f'{int(left // 60)}:{int(left % 60):02} min left')
-
-
-# ---------------------------------------------------------------- what the training scripts need
-
-def is_stuck(log, num_classes, patience=5):
-    """Whether the last epochs were all at chance: a run that collapsed or never began to learn."""
-    return len(log) >= patience and all(row['clean'] < 1.5 / num_classes for row in log[-patience:])
-
-
-def add_data_args(parser):
-    """The flags that TrainingData takes."""
-    add = parser.add_argument_group('data').add_argument
-    add('--dataset', choices=DATASETS, default='cifar10')
-    add('--data-dir', default='./data', help='where it is, or is downloaded to')
-    add('--train-size', type=count, help='the first N training images only')
-    add('--test-size', type=count, help='the first N test images only')
-    add('--val-size', type=count_or_zero, default=0, help='hold out the last N training '
-        'images, class-balanced, and select best.pt on them; 0: on the test images, optimistic')
-    add('--extra-data', metavar='FILE.npz', help='more images: `image` uint8 (N, H, W, C), `label`')
-    add('--extra-fraction', type=unit, default=0.7, help='of every batch')
-    add('--steps-per-epoch', type=count, help='(default: what the original images make)')
-
-
-def protocol_help():
-    """What "by data set" in the help of a flag stands for."""
-    lines = [f'  {name}: ' + ', '.join(f'{k} {v}' for k, v in list(spec.items())[3:])
-             for name, spec in DATASETS.items()]
-    return ('"By data set" is the protocol of the paper (digits: ours):\n' + '\n'.join(lines)
-            + '\nWith other --epochs, the milestones by data set keep their share of the run.')
-
-
-def fill_protocol(args):
-    """Give arguments that are None the value of their data set; ValueError if they do not fit."""
-    if args.lr_milestones and args.lr_milestones != sorted(set(args.lr_milestones)):
-        raise ValueError(f'--lr-milestones {args.lr_milestones} do not rise')
-    protocol = dict(list(DATASETS[args.dataset].items())[3:])
-    share = (args.epochs or protocol['epochs']) / protocol['epochs']
-    protocol['lr_milestones'] = [math.ceil(m * share) for m in protocol['lr_milestones']]
-    for name, value in protocol.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    check_fit(args.dataset, args.arch)
-
-
-def catch_signals():
-    """A list that SIGINT and SIGTERM are put into, once; the second of a kind ends the program."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
-    return caught
-
-
-class TrainingData:
-    """The images of a run, on the device, and how an epoch is drawn from them.
-
-    args: those of the training scripts. The original training images, less the last --val-size,
-    class-balanced; held_out: these or, without, the test images, (images, labels). From
-    --extra-data come more, which make up --extra-fraction of each batch. An epoch is every
-    original image once; with --extra-data or --steps-per-epoch it is that many full batches
-    (by default what the originals alone make), each set drawn evenly.
-    Raises FileNotFoundError and ValueError with one line.
-    """
-
-    def __init__(self, args, device):
-        spec, size = DATASETS[args.dataset], args.batch_size
-        data = args.dataset, args.data_dir
-        images, labels = load_data(*data, True, args.train_size, device)
-        self.held_out = load_data(*data, False, args.test_size, device)
-        if args.val_size:
-            held = class_balanced_tail(labels, args.val_size, spec['num_classes'])
-            self.held_out = images[held], labels[held]
-            images, labels = images[~held], labels[~held]
-        self.images, self.labels, self.device = images, labels, device
-        self.augmented = spec['size'] == 32
-        self.steps = args.steps_per_epoch or -(-len(labels) // size)
-        self.full = bool(args.extra_data or args.steps_per_epoch)  # no smaller batch at the end
-        self.images_per_epoch = self.steps * size if self.full else len(labels)
-        self.extra, self.sizes = None, (size, 0)
-        if args.extra_data:
-            self.extra = load_extra(args.extra_data, args.dataset, device)
-            extra = round(args.extra_fraction * size)
-            self.sizes = (size - extra, extra)
-            if min(self.sizes) == 0:
-                raise ValueError(f'--extra-fraction {args.extra_fraction} of a batch of {size} '
-                                 'leaves one kind of image out')
-
-    def draw_epoch(self):
-        """An epoch's batches, from torch's generator: (indices, extra indices) for take()."""
-        def draw(n, size):
-            count = self.steps * size if self.full else n
-            rounds = range(-(-count // n))
-            order = torch.cat([torch.randperm(n, device=self.device) for _ in rounds])
-            return order[:count].split(size)
-        own = draw(len(self.labels), self.sizes[0])
-        if self.extra is None:
-            return [(index, None) for index in own]
-        return list(zip(own, draw(len(self.extra[1]), self.sizes[1])))
-
-    def take(self, batch):
-        """uint8 images (B, C, H, W) and labels (B,) of a batch, the extra ones last."""
-        index, extra_index = batch
-        x, y = self.images[index], self.labels[index]
-        if extra_index is None:
-            return x, y
-        images, labels = self.extra
-        if isinstance(images, torch.Tensor):
-            more = images[extra_index]
-        else:  # memory-mapped
-            more = torch.from_numpy(images[extra_index.cpu().numpy()]).to(self.device)
-        return torch.cat([x, more.permute(0, 3, 1, 2)]), torch.cat([y, labels[extra_index]])
-
-
-def class_balanced_tail(labels, size, num_classes):
-    """A mask (N,) of the last size / num_classes examples of each class."""
-    each, rest = divmod(size, num_classes)
-    held = torch.zeros_like(labels, dtype=torch.bool)
-    for k in range(num_classes):
-        of_class = (labels == k).nonzero().squeeze(1)
-        if rest or len(of_class) <= each:
-            raise ValueError(f'{size} validation images: not a multiple of the {num_classes} '
-                             'classes, or all that there are of one')
-        held[of_class[-each:]] = True
-    return held
-
-
-def load_extra(path, dataset, device):
-    """`image` uint8 (N, H, W, C) and `label` (N,) of an .npz, labels on the device.
-
-    Images go to the device where they take at most half of its free memory; else they stay in the
-    file, memory-mapped (in memory, if the file is compressed). Pickles are never read.
-    Raises FileNotFoundError, or ValueError with one line that names the file.
-    """
-    spec = DATASETS[dataset]
-    shape, classes = (spec['size'], spec['size'], spec['in_channels']), spec['num_classes']
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            labels = np.asarray(file['label'])
-        images = _map_npz(path, 'image')
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such file') from None
-    except (KeyError, ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f'{path}: not an .npz with image and label ({error})') from None
-    if images.dtype != np.uint8 or images.shape[1:] != shape or labels.shape != (len(images),):
-        raise ValueError(f'{path}: image is {images.dtype} {images.shape}, label {labels.shape}; '
-                         f'wanted uint8 (N, {", ".join(map(str, shape))}) and (N,)')
-    whole = labels.dtype.kind in 'iu' and len(labels) > 0
-    if not whole or labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f'{path}: labels are not whole numbers from 0 to {classes - 1}')
-    free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else 2 ** 30
-    if images.nbytes <= free / 2:
-        images = torch.tensor(np.asarray(images), device=device)
-    return images, torch.tensor(labels.astype(np.int64), device=device)
-
-
-def _map_npz(path, name):
-    """An array of an .npz, memory-mapped where it is stored as it is, else read."""
-    with zipfile.ZipFile(path) as archive, open(path, 'rb') as f:
-        info = archive.getinfo(f'{name}.npy')
-        f.seek(info.header_offset + 26)
-        f.seek(info.header_offset + 30 + sum(struct.unpack('<HH', f.read(4))))
-        if info.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(f) == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-            if not fortran and not dtype.hasobject:
-                return np.memmap(path, dtype, 'r', f.tell(), shape)
-    with np.load(path, allow_pickle=False) as file:
-        return file[name]
 
 
 # ---------------------------------------------------------------- attacks
@@ -524,7 +128,7 @@ def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_sca
             if restart:
                 with torch.no_grad():
                     standing = standing[model(x_adv[standing]).argmax(1) == y[standing]]
-            seed_everything(seed, first, restart)
+            data.seed_everything(seed, first, restart)
             found = pgd_attack(model, x[standing], y[standing], epsilon, **options)
             x_adv = x_adv.index_copy(0, standing, found)
     outside = (x_adv - x).abs().max() - epsilon, -x_adv.min(), x_adv.max() - 1
@@ -556,8 +160,8 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
     model.eval().requires_grad_(False)  # as in training, memory, and gradients if compiled
     sums = torch.zeros(4, dtype=torch.float64, device=images.device)
     for i in range(rank * batch_size, len(images), world * batch_size):
-        x, y = to_float(images[i:i + batch_size]), labels[i:i + batch_size]
-        seed_everything(seed, i)
+        x, y = data.to_float(images[i:i + batch_size]), labels[i:i + batch_size]
+        data.seed_everything(seed, i)
         x_adv = pgd_attack(model, x, y, epsilon, epsilon / 4, 10)
         with torch.no_grad():
             logits, logits_adv = model(x), model(x_adv)
@@ -615,7 +219,7 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     images: uint8 (N, C, H, W); labels: (N,); examples: (N,) bool, those to attack, the others count
     as wrong (default: all); options: restarts, ls_scale. What counts is the network's prediction on
     x_adv, that of misclassified clean examples as well, in eval mode whatever mode it is in. The
-    entropies are those of f(x_adv) in nats, NaN where the attack is not pgd20. records: what an
+    entropies are those of f(x_adv) in nats, NaN where it was not attacked. records: what an
     earlier call made of the first batches; this one appends to it, and then calls save(). desc: of
     the progress bar, None for none.
     """
@@ -629,20 +233,19 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
             batch = index[begin:begin + batch_size]
             if number < len(records):
                 try:
-                    correct[batch], entropies[batch] = unpack(records[number], len(batch), attack)
+                    correct[batch], entropies[batch] = read_record(records[number], len(batch))
                 except (ValueError, KeyError, TypeError):
                     print('a kept batch is damaged: evaluating anew from there', file=sys.stderr)
                     del records[number:]
             if number == len(records):
-                x, y = to_float(images[batch]), labels[batch]
+                x, y = data.to_float(images[batch]), labels[batch]
                 x_adv = run_attack(attack, model, x, y, epsilon, seed, begin, **options)
                 with torch.no_grad():
                     logits = model(x_adv)
                 correct[batch] = (logits.argmax(1) == y).cpu().numpy()
-                records.append({'correct': np.packbits(correct[batch]).tobytes().hex()})
-                if attack == 'pgd20':
-                    entropies[batch] = entropy(logits).cpu().numpy()
-                    records[number]['entropy'] = entropies[batch].astype('<f4').tobytes().hex()
+                entropies[batch] = entropy(logits).cpu().numpy()
+                records.append({'correct': correct[batch].tolist(),
+                                'entropy': entropies[batch].tolist()})
                 if save:
                     save()
             share = correct.sum() / (begin + len(batch)) * len(index) / len(images)
@@ -650,15 +253,12 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     return correct, entropies
 
 
-def unpack(record, size, attack):
+def read_record(record, size):
     """A batch's record -> correct (size,), entropies (size,); an exception if it is damaged."""
-    bits = np.frombuffer(bytes.fromhex(record['correct']), np.uint8)
-    if len(bits) != math.ceil(size / 8):
-        raise ValueError('length')
-    entropies = np.full(size, np.nan, np.float32)
-    if attack == 'pgd20':
-        entropies[:] = np.frombuffer(bytes.fromhex(record['entropy']), '<f4')
-    return np.unpackbits(bits)[:size].astype(bool), entropies
+    correct, entropies = np.asarray(record['correct']), np.asarray(record['entropy'], np.float32)
+    if correct.dtype != bool or not correct.shape == entropies.shape == (size,):
+        raise ValueError('not of this batch')
+    return correct, entropies
 
 
 def entropy_report(entropies, correct, threshold):
@@ -708,7 +308,7 @@ class Results:
                 merged = self.read()
                 merged |= {k: v for k, v in self.known.items() if len(v) >= len(merged.get(k, ()))}
                 with open(partial, 'w') as f:
-                    json.dump(merged, f, indent=0)
+                    json.dump(merged, f)
                     f.flush()
                     os.fsync(f.fileno())
                 os.replace(partial, self.path)
@@ -815,49 +415,41 @@ MARKERS = 'os^DvPX*'
 TSNE_EXAMPLES = 500  # of a class at most: t-SNE is slow, and a panel is small
 
 
-def new_figure(height, models=0, rows=1, columns=1, **options):
-    """A figure 3.5 inches (a column) wide, of a height without the legend; it needs no display."""
+@contextlib.contextmanager
+def figure(path, header, table, height, rows=1, panels=(), legend='outside lower center', **options):
+    """A figure and its axes (rows, columns); at the end it is path.png, and the numbers path.csv.
+
+    It is 3.5 inches (a column of text) wide. panels: names of panels, two in a row if several;
+    without them there is one column of `rows`. height: of half the width. The legend is of what is
+    labelled in the first panel. header, table: of the CSV; the table may be filled meanwhile.
+    """
     import matplotlib
-    matplotlib.use('Agg')
+    matplotlib.use('Agg')  # needs no display
     import matplotlib.pyplot as plt
     plt.rcParams.update({'font.size': 7, 'axes.grid': True, 'grid.linewidth': 0.3,
                          'axes.axisbelow': True, 'legend.fontsize': 6, 'legend.frameon': False,
                          'lines.linewidth': 1.1})
-    return plt.subplots(rows, columns, figsize=(3.5, height + 0.13 * math.ceil(models / 2)),
-                        layout='constrained', squeeze=False, **options)
-
-
-def panels(names, height, **options):
-    """A figure with a panel for each name, two in a row where there are several."""
-    columns = min(2, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure, axes = new_figure(0.4 + 2 / columns * height * rows, 0, rows, columns, **options)
-    for ax, name in zip(axes.flat, names):
+    columns = min(2, len(panels)) or 1
+    rows = math.ceil(len(panels) / columns) or rows
+    drawn, axes = plt.subplots(rows, columns, layout='constrained', squeeze=False, **options)
+    for ax, name in zip(axes.flat, panels):
         ax.set_title(shorten(name), fontsize=6, pad=3)
-    for ax in axes.flat[len(names):]:
-        ax.set_axis_off()
-    for ax in axes.flat[len(names) - columns:len(names)]:
-        ax.tick_params(labelbottom=True)  # also above an empty place
-    return figure, axes
-
-
-def write_figure(figure, ax, path, header, rows, legend='outside lower center'):
-    """Write path.png, with a legend of what is in ax, and the numbers behind it to path.csv."""
-    import matplotlib.pyplot as plt
-    if ax is not None:
-        handles, labels = ax.get_legend_handles_labels()
-        figure.legend(handles, [shorten(label) for label in labels], loc=legend, ncols=2)
-    figure.savefig(f'{path}.png', dpi=200)
-    plt.close(figure)
-    write_csv(f'{path}.csv', header, rows)
+    if len(panels) < axes.size and panels:
+        axes[-1, -1].set_axis_off()
+        axes[-2, -1].tick_params(labelbottom=True)
+    yield drawn, axes
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if labels:
+        drawn.legend(handles, [shorten(label) for label in labels], loc=legend, ncols=2)
+    lines = math.ceil(len(labels) / 2)
+    drawn.set_size_inches(3.5, 0.4 + height * rows * 2 / columns + 0.13 * lines)
+    drawn.savefig(f'{path}.png', dpi=200)
+    plt.close(drawn)
+    write_csv(f'{path}.csv', header, table)
 
 
 def shorten(name):
     return name if len(name) <= 32 else f'…{name[-31:]}'
-
-
-def line_style(i):
-    return dict(color=COLOURS[i % 8], linestyle=['-', '--', ':'][i // 8 % 3])
 
 
 def plot_entropy_histogram(entropies, num_classes, threshold, directory):
@@ -865,66 +457,65 @@ def plot_entropy_histogram(entropies, num_classes, threshold, directory):
     edges = np.linspace(0, math.log(num_classes), 31)
     shares = {name: np.histogram(h.clip(0, edges[-1]), edges)[0] * 100 / len(h)
               for name, h in entropies.items()}
-    figure, axes = panels(shares, 0.9, sharex=True, sharey=True)
-    for i, (ax, share) in enumerate(zip(axes.flat, shares.values())):
-        ax.stairs(share, edges, fill=True, color=COLOURS[i % 8])
-        ax.axvline(threshold, color='0.3', linewidth=0.6)
-        ax.set_xlim(0, edges[-1])
-    figure.supxlabel('entropy of the prediction on PGD-20 examples (nats; '
-                     f'line: {threshold:g})', fontsize=7)
-    figure.supylabel('share of examples (%)', fontsize=7)
-    write_figure(figure, None, os.path.join(directory, 'entropy_histogram'),
-                 ['entropy_from', 'entropy_to', *shares],
-                 zip(edges[:-1], edges[1:], *shares.values()))
+    table = list(zip(edges[:-1], edges[1:], *shares.values()))
+    with figure(os.path.join(directory, 'entropy_histogram'),
+                ['entropy_from', 'entropy_to', *shares], table, 0.9, panels=list(shares),
+                sharex=True, sharey=True) as (drawn, axes):
+        for i, (ax, share) in enumerate(zip(axes.flat, shares.values())):
+            ax.stairs(share, edges, fill=True, color=COLOURS[i % 8])
+            ax.axvline(threshold, color='0.3', linewidth=0.6)
+            ax.set_xlim(0, edges[-1])
+        drawn.supxlabel('entropy of the prediction on PGD-20 examples (nats; '
+                        f'line: {threshold:g})', fontsize=7)
+        drawn.supylabel('share of examples (%)', fontsize=7)
 
 
 def plot_entropy_vs_robustness(points, attack, threshold, directory):
     """Figure 4a: {name: (share of high-entropy examples, accuracy under the attack)}, fractions."""
-    figure, [[ax]] = new_figure(2.1, len(points))
-    for i, (name, (share, accuracy)) in enumerate(points.items()):
-        ax.plot(share * 100, accuracy * 100, MARKERS[i % 8], color=COLOURS[i % 8], label=name,
-                fillstyle='full' if i < 8 else 'none')
-    ax.set(xlabel=f'PGD-20 examples with entropy above {threshold:g} nats (%)',
-           ylabel=f'accuracy under {attack} (%)')
-    ax.margins(0.1)
-    write_figure(figure, ax, os.path.join(directory, 'entropy_vs_robustness'),
-                 ['model', 'high_entropy', attack], [[name, *p] for name, p in points.items()])
+    with figure(os.path.join(directory, 'entropy_vs_robustness'),
+                ['model', 'high_entropy', attack], [[name, *p] for name, p in points.items()],
+                0.85) as (_, [[ax]]):
+        for i, (name, (share, accuracy)) in enumerate(points.items()):
+            ax.plot(share * 100, accuracy * 100, MARKERS[i % 8], color=COLOURS[i % 8], label=name,
+                    fillstyle='full' if i < 8 else 'none')
+        ax.set(xlabel=f'PGD-20 examples with entropy above {threshold:g} nats (%)',
+               ylabel=f'accuracy under {attack} (%)')
+        ax.margins(0.1)
 
 
 def plot_tsne(features, classes, seed, directory):
     """Figure 3: a t-SNE panel for each {name: (features (M, D), labels (M,))} of two classes."""
     from sklearn.manifold import TSNE
-    figure, axes = panels(features, 1.5)
     table = []
-    for ax, (name, (f, y)) in zip(axes.flat, features.items()):
-        tsne = TSNE(perplexity=min(30, (len(f) - 1) / 3), init='pca', random_state=seed)
-        points = tsne.fit_transform(f)
-        for (label, text), marker, colour in zip(classes.items(), 'o^', COLOURS):
-            ax.scatter(*points[y == label].T, s=5, marker=marker, color=colour, linewidths=0,
-                       alpha=0.7, label=text)
-        ax.set(xticks=[], yticks=[])
-        table += [[name, *point, classes[label]] for point, label in zip(points, y)]
-    figure.supxlabel('t-SNE 1 (no unit)', fontsize=7)
-    figure.supylabel('t-SNE 2 (no unit)', fontsize=7)
-    write_figure(figure, axes[0, 0], os.path.join(directory, 'tsne'), ['model', 'x', 'y', 'class'],
-                 table, legend='outside upper center')
+    with figure(os.path.join(directory, 'tsne'), ['model', 'x', 'y', 'class'], table, 1.5,
+                panels=list(features), legend='outside upper center') as (drawn, axes):
+        for ax, (name, (f, y)) in zip(axes.flat, features.items()):
+            tsne = TSNE(perplexity=min(30, (len(f) - 1) / 3), init='pca', random_state=seed)
+            points = tsne.fit_transform(f)
+            for (label, text), marker, colour in zip(classes.items(), 'o^', COLOURS):
+                ax.scatter(*points[y == label].T, s=5, marker=marker, color=colour, linewidths=0,
+                           alpha=0.7, label=text)
+            ax.set(xticks=[], yticks=[])
+            table += [[name, *point, classes[label]] for point, label in zip(points, y)]
+        drawn.supxlabel('t-SNE 1 (no unit)', fontsize=7)
+        drawn.supylabel('t-SNE 2 (no unit)', fontsize=7)
 
 
 def plot_training_curves(logs, directory):
     """Clean and PGD-10 accuracy and entropy under PGD-10 by epoch: {name: rows of log.csv}."""
     texts = {'clean': 'clean accuracy (%)', 'pgd10': 'PGD-10 accuracy (%)',
              'entropy': 'PGD-10 entropy (nats)'}
-    figure, axes = new_figure(4.2, len(logs), 3, sharex=True)
-    for ax, (column, text) in zip(axes[:, 0], texts.items()):
-        scale = 1 if column == 'entropy' else 100
-        for i, (name, log) in enumerate(logs.items()):
-            ax.plot([row['epoch'] for row in log], [row[column] * scale for row in log], label=name,
-                    **line_style(i))
-        ax.set_ylabel(text)
-    axes[-1, 0].set_xlabel('epoch')
-    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-    write_figure(figure, axes[0, 0], os.path.join(directory, 'training_curves'),
-                 ['model', *CURVES], [[n, *row.values()] for n, log in logs.items() for row in log])
+    table = [[name, *row.values()] for name, log in logs.items() for row in log]
+    with figure(os.path.join(directory, 'training_curves'), ['model', *CURVES], table, 0.63, rows=3,
+                sharex=True) as (_, axes):
+        for ax, (column, text) in zip(axes[:, 0], texts.items()):
+            scale = 1 if column == 'entropy' else 100
+            for i, (name, log) in enumerate(logs.items()):
+                ax.plot([row['epoch'] for row in log], [row[column] * scale for row in log],
+                        label=name, color=COLOURS[i % 8], linestyle=['-', '--', ':'][i // 8 % 3])
+            ax.set_ylabel(text)
+        axes[-1, 0].set_xlabel('epoch')
+        axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
 
 
 CURVES = ('epoch', 'clean', 'pgd10', 'entropy')
@@ -948,7 +539,7 @@ def adversarial_features(model, images, labels, classes, epsilon, batch_size, se
     with exact(model, images.device), torch.no_grad():
         for begin in range(0, len(index), batch_size):
             batch = index[begin:begin + batch_size]
-            x_adv = run_attack('pgd20', model, to_float(images[batch]), labels[batch], epsilon,
+            x_adv = run_attack('pgd20', model, data.to_float(images[batch]), labels[batch], epsilon,
                                seed, begin)
             features.append(model.features(x_adv).cpu())
     return torch.cat(features).numpy(), labels[index].cpu().numpy()
@@ -958,58 +549,50 @@ def adversarial_features(model, images, labels, classes, epsilon, batch_size, se
 
 def parse_args(argv=None):
     """The arguments and their parser."""
-    parser = ArgumentParser(description=__doc__)
-    group = parser.add_argument_group('models')
-    group.add_argument('--model-path', nargs='+', required=True, metavar='FILE',
-                       help="checkpoints, this project's or anyone's: a row of the table each")
-    group.add_argument('--arch', metavar='NAME',
-                       help=f"{', '.join(models.ARCHS)} (default: read off the weights)")
-    group.add_argument('--normalize', default='none', metavar='N',
-                       help='normalization that the training had outside the network: none, '
-                       'cifar10, cifar100 or MEAN/STD such as 0.5,0.5,0.5/0.25,0.25,0.25 '
-                       '(default: none)')
-
-    group = parser.add_argument_group('data')
-    group.add_argument('--dataset', choices=DATASETS, help='default: what the checkpoint says')
-    group.add_argument('--data-dir', default='./data', metavar='DIR',
-                       help='where the data set is, or is downloaded to (default: ./data)')
-    group.add_argument('--split', choices=('test', 'train'), default='test', help='default: test')
-    group.add_argument('--n-examples', type=count, metavar='N',
-                       help='only the first N images, from 1 (default: all)')
-
-    group = parser.add_argument_group('attacks')
-    group.add_argument('--attacks', nargs='+', choices=ATTACKS, default=list(ATTACKS[:6]),
-                       metavar='A', help=f"from {', '.join(ATTACKS)} (default: "
-                       f"{' '.join(ATTACKS[:6])}); clean is always there")
-    radii = ', '.join(f"{name} {epsilon_text(spec['epsilon'])}" for name, spec in DATASETS.items())
-    group.add_argument('--epsilon', type=unit, metavar='E', help='L-infinity radius, pixels in '
-                       f'[0, 1]; the steps scale with it (default: {radii})')
-    group.add_argument('--aa-epsilon', type=unit, metavar='E', help='another radius for autoattack '
-                       "and its four; the paper's is 0.031 on CIFAR (default: --epsilon)")
-    group.add_argument('--restarts', type=count, default=1, metavar='N',
-                       help='random starts of PGD and LS, from 1 (default: 1)')
-    group.add_argument('--ls-scale', type=positive_finite, default=10.0, metavar='S',
-                       help='what ls multiplies the logits by in its loss, above 0 (default: 10)')
-    group.add_argument('--worst-case', action='store_true',
-                       help='each attack only on what withstood those before it: sooner at the '
-                       'worst case, but then a column (+) is not of one attack alone')
-
-    group = parser.add_argument_group('run')
-    group.add_argument('--batch-size', type=count, default=250, metavar='N', help='default: 250')
-    group.add_argument('--seed', type=count_or_zero, default=1, metavar='S',
-                       help='of the random starts, from 0 (default: 1)')
-    group.add_argument('--no-cuda', action='store_true', help='evaluate on the CPU')
-
-    group = parser.add_argument_group('reports')
-    group.add_argument('--entropy-threshold', type=non_negative, default=1.5, metavar='T',
-                       help='an entropy above it counts as high, in nats, from 0 (default: 1.5)')
-    group.add_argument('--figures', metavar='DIR',
-                       help='write the figures there, and the numbers behind each as CSV')
-    group.add_argument('--tsne-classes', nargs=2, metavar='CLASS', help='the two classes of '
-                       'tsne.png (default: the first two, e.g. airplane automobile, or 0 1)')
-    group.add_argument('--csv', metavar='FILE', help='write the numbers there too, as fractions')
-    group.add_argument('--json', metavar='FILE', help='the same, with all settings and versions')
-    return parser.parse_args(argv), parser
+    parser = data.ArgumentParser(description=__doc__)
+    add = parser.add_argument_group('models').add_argument
+    add('--model-path', nargs='+', required=True, metavar='FILE',
+        help="checkpoints, this project's or anyone's: a row of the table each")
+    add('--arch', metavar='NAME',
+        help=f"{', '.join(models.ARCHS)} (default: read off the weights)")
+    add('--normalize', default='none', metavar='N', help='normalization that the training had '
+        'outside the network: none, cifar10, cifar100 or MEAN/STD such as '
+        '0.5,0.5,0.5/0.25,0.25,0.25')
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', choices=data.DATASETS, help='(default: what the checkpoint says)')
+    add('--data-dir', default='./data', metavar='DIR', help='where it is, or is downloaded to')
+    add('--split', choices=('test', 'train'), default='test')
+    add('--n-examples', type=data.whole(1), metavar='N',
+        help='only the first N images, from 1 (default: all)')
+    add = parser.add_argument_group('attacks').add_argument
+    add('--attacks', nargs='+', choices=ATTACKS, default=ATTACKS[:6], metavar='A',
+        help=f"from {', '.join(ATTACKS)}; clean is always there")
+    radii = ', '.join(f"{name} {epsilon_text(spec.protocol['epsilon'])}"
+                      for name, spec in data.DATASETS.items())
+    add('--epsilon', type=data.pixels(), metavar='E', help='L-infinity radius, pixels in [0, 1]; '
+        f'the steps scale with it (default: {radii})')
+    add('--aa-epsilon', type=data.pixels(), metavar='E', help='another radius for autoattack and '
+        "its four; the paper's is 0.031 on CIFAR (default: --epsilon)")
+    add('--restarts', type=data.whole(1), default=1, metavar='N',
+        help='random starts of PGD and LS, from 1')
+    add('--ls-scale', type=data.real('(0, inf)'), default=10.0, metavar='S',
+        help='what ls multiplies the logits by in its loss, above 0')
+    add('--worst-case', action='store_true', help='each attack only on what withstood those before '
+        'it: sooner at the worst case, but then a column (+) is not of one attack alone')
+    add = parser.add_argument_group('run').add_argument
+    add('--batch-size', type=data.whole(1), default=250, metavar='N')
+    add('--seed', type=data.whole(0), default=1, metavar='S', help='of the random starts, from 0')
+    add('--no-cuda', action='store_true', help='evaluate on the CPU')
+    add = parser.add_argument_group('reports').add_argument
+    add('--entropy-threshold', type=data.real('[0, inf)'), default=1.5, metavar='T',
+        help='an entropy above it counts as high, in nats, from 0')
+    add('--figures', metavar='DIR',
+        help='write the figures there, and the numbers behind each as CSV')
+    add('--tsne-classes', nargs=2, metavar='CLASS', help='the two classes of tsne.png (default: '
+        'the first two, e.g. airplane automobile, or 0 1)')
+    add('--csv', metavar='FILE', help='write the numbers there too, as fractions')
+    add('--json', metavar='FILE', help='the same, with all settings and versions')
+    return parser.parse_args(argv)
 
 
 def prepare(args):
@@ -1023,19 +606,18 @@ def prepare(args):
               for name, path in zip(row_names(args.model_path), args.model_path)}
     found = {args.dataset or model.dataset for model in loaded.values()}
     args.dataset = next(iter(found))
-    if len(found) > 1 or args.dataset not in DATASETS:
+    if len(found) > 1 or args.dataset not in data.DATASETS:
         named = ' and '.join(sorted(str(name or 'none') for name in found))
         raise ValueError(f"data set named in the checkpoints: {named}; "
-                         f"give one --dataset, of {', '.join(DATASETS)}, for all of them")
-    spec = DATASETS[args.dataset]
+                         f"give one --dataset, of {', '.join(data.DATASETS)}, for all of them")
+    spec = data.DATASETS[args.dataset]
     for path, model in zip(args.model_path, loaded.values()):
-        shapes = [p.shape for p in model.parameters()]
-        if (shapes[-1][0], shapes[0][1]) != (spec['num_classes'], spec['in_channels']):
+        if (model.num_classes, model.in_channels) != (spec.num_classes, spec.in_channels):
             raise ValueError(
-                f'{path} has {shapes[-1][0]} classes and takes {shapes[0][1]}-channel images; '
-                f"{args.dataset} has {spec['num_classes']} and {spec['in_channels']}")
-        check_fit(args.dataset, 'smallcnn' if isinstance(model, models.SmallCNN) else None)
-    args.epsilon = args.epsilon or spec['epsilon']
+                f'{path} has {model.num_classes} classes and takes {model.in_channels}-channel '
+                f'images; {args.dataset} has {spec.num_classes} and {spec.in_channels}')
+        data.check_fit(args.dataset, 'smallcnn' if isinstance(model, models.SmallCNN) else None)
+    args.epsilon = args.epsilon or spec.protocol['epsilon']
     args.aa_epsilon = args.aa_epsilon or args.epsilon
     if {'autoattack', *AUTOATTACK} & set(args.attacks):
         find_autoattack()
@@ -1051,11 +633,11 @@ def prepare(args):
                 raise IsADirectoryError(None, 'it is a directory')
         except OSError as error:
             raise ValueError(f'{path} cannot be written ({error.strerror})') from None
-    images, labels = load_data(args.dataset, args.data_dir, args.split == 'train', args.n_examples,
-                               pick_device(args.no_cuda))
+    images, labels = data.load_data(args.dataset, args.data_dir, args.split == 'train', args.n_examples,
+                               data.pick_device(args.no_cuda))
     classes = {}
     if args.figures:
-        names = class_names(args.dataset, args.data_dir)
+        names = data.class_names(args.dataset, args.data_dir)
         chosen = args.tsne_classes or names[:2]
         if len({*chosen} & {*names}) < 2:
             raise ValueError(f"--tsne-classes {' '.join(chosen)}: not two of {', '.join(names)}")
@@ -1068,14 +650,15 @@ def measure(args, loaded, images, labels, classes):
     columns = plan_columns(args.attacks, args.epsilon, args.aa_epsilon, args.worst_case)
     if args.figures:
         columns.setdefault('pgd20', ('pgd20', args.epsilon, None))
-    data = images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()
-    data = dict(dataset=args.dataset, split=args.split, data=hashlib.sha256(data).hexdigest())
+    content = images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()
+    identity = dict(dataset=args.dataset, split=args.split,
+                    data=hashlib.sha256(content).hexdigest())
     rows, features = [], {}
     for (name, model), path in zip(loaded.items(), args.model_path):
         model.to(images.device, memory_format=torch.channels_last)
         row = {'model': name, 'path': path, 'n': len(labels), 'weights': weights_hash(model)}
         outcome, entropies = evaluate_model(
-            model, images, labels, columns, Results(path), {**data, 'weights': row['weights']},
+            model, images, labels, columns, Results(path), {**identity, 'weights': row['weights']},
             name, args.batch_size, args.seed, args.restarts, args.ls_scale)
         row['accuracy'] = {title: correct.mean().item() for title, correct in outcome.items()}
         if entropies is not None:
@@ -1120,10 +703,10 @@ def write_files(args, columns, heads, rows, features, classes, device):
             row['report'] = {k: None if math.isnan(v) else v
                              for k, v in row.get('report', {}).items()}
         with open(args.json, 'w') as f:
-            json.dump({'args': vars(args), 'columns': columns, 'versions': versions(device),
+            json.dump({'args': vars(args), 'columns': columns, 'versions': data.versions(device),
                        'models': content}, f, indent=1)
     if args.figures:
-        num_classes, threshold = DATASETS[args.dataset]['num_classes'], args.entropy_threshold
+        num_classes, threshold = data.DATASETS[args.dataset].num_classes, args.entropy_threshold
         plot_entropy_histogram({row['model']: row['entropies'] for row in rows}, num_classes,
                                threshold, args.figures)
         strongest = min(reversed(list(rows[0]['accuracy'])[1:]),  # of equals the last
@@ -1143,23 +726,19 @@ def write_files(args, columns, heads, rows, features, classes, device):
 
 
 def main(argv=None):
-    args, parser = parse_args(argv)
-    try:
-        loaded, images, labels, classes = prepare(args)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(error)
-    try:
-        columns, rows, features = measure(args, loaded, images, labels, classes)
-        heads = [title if attack == 'clean' else f'{title} ({epsilon_text(epsilon)})'
-                 for title, (attack, epsilon, _) in columns.items()]
-        print_tables(args, heads, rows)
-        write_files(args, columns, heads, rows, features, classes, images.device)
-    except torch.cuda.OutOfMemoryError:
-        parser.error(f'out of GPU memory: try a --batch-size below {args.batch_size}')
-    except OSError as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, 'interrupted; the same command goes on where it was\n')
+    with data.command():
+        args = parse_args(argv)
+        with data.mistakes():
+            loaded, images, labels, classes = prepare(args)
+        try:
+            columns, rows, features = measure(args, loaded, images, labels, classes)
+            heads = [title if attack == 'clean' else f'{title} ({epsilon_text(epsilon)})'
+                     for title, (attack, epsilon, _) in columns.items()]
+            print_tables(args, heads, rows)
+            with data.mistakes():
+                write_files(args, columns, heads, rows, features, classes, images.device)
+        except KeyboardInterrupt:
+            raise data.Stop('interrupted; the same command goes on where it was', 130) from None
 
 
 if __name__ == '__main__':

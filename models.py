@@ -7,16 +7,12 @@ All networks take images in [0, 1] and return logits. Parameter names are those 
 TRADES, MART, GAIRAT and AWP repositories and of RobustBench, so weights travel both ways.
 """
 import argparse
-import atexit
 import contextlib
 import copy
-import csv
-import fcntl
 import math
 import os
 import pickle
 import re
-import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -40,6 +36,7 @@ class Network(nn.Module):
     bfloat16 weights would hide weights that changed in between.
     """
     amp = False
+    num_classes = in_channels = None  # build_model says
     dataset = None  # that a checkpoint was trained on, where load_model found it in the file
 
     def forward(self, x):
@@ -215,14 +212,19 @@ def build_model(arch, num_classes=10, in_channels=None, final_bn=True):
     in_channels: 1 or 3; default 1 for smallcnn, else 3. Raises ValueError for an unknown arch.
     """
     in_channels = in_channels or (1 if arch == 'smallcnn' else 3)
-    if arch == 'preactresnet18':
-        return PreActResNet18(num_classes, in_channels, final_bn)
-    if arch in ('resnet18', 'smallcnn'):
-        return {'resnet18': ResNet18, 'smallcnn': SmallCNN}[arch](num_classes, in_channels)
     wide = re.fullmatch(r'wideresnet(\d+)-(\d+)', arch)
-    if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) > 0:
-        return WideResNet(int(wide[1]), int(wide[2]), num_classes, in_channels)
-    raise ValueError(f"unknown arch '{arch}' (choose from {', '.join(ARCHS)})")
+    if arch == 'preactresnet18':
+        model = PreActResNet18(num_classes, in_channels, final_bn)
+    elif arch == 'resnet18':
+        model = ResNet18(num_classes, in_channels)
+    elif arch == 'smallcnn':
+        model = SmallCNN(num_classes, in_channels)
+    elif wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) > 0:
+        model = WideResNet(int(wide[1]), int(wide[2]), num_classes, in_channels)
+    else:
+        raise ValueError(f"unknown arch '{arch}' (choose from {', '.join(ARCHS)})")
+    model.num_classes, model.in_channels = num_classes, in_channels
+    return model
 
 
 # ---------------------------------------------------------------- files of weights
@@ -395,112 +397,6 @@ def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
     return model.to(device).eval()
 
 
-def read_run(directory, algorithm):
-    """The content of a run's last.pt; FileNotFoundError or ValueError names the file."""
-    path = os.path.join(directory, 'last.pt')
-    content = read_checkpoint(path)
-    keys = {'algorithm', 'args', 'state_dict', 'optimizer', 'epoch', 'step', 'total', 'seconds',
-            'log'}
-    if not isinstance(content, dict) or not keys <= content.keys():
-        raise ValueError(f'{path}: not a checkpoint that a run can go on from')
-    if content['algorithm'] != algorithm:
-        raise ValueError(f'{path}: of train_{content["algorithm"]}.py, not of train_{algorithm}.py')
-    return content
-
-
-def claim_directory(path, new):
-    """Make the directory and lock it until this process ends, however it ends; returns the lock.
-
-    Raises ValueError where another process has it or, for a new run, where it holds one; OSError
-    where it cannot be written.
-    """
-    os.makedirs(path, exist_ok=True)
-    lock = open(os.path.join(path, '.lock'), 'w')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ValueError(f'{path}: another process is training there') from None
-    if new and any(name.endswith('.pt') for name in os.listdir(path)):
-        lock.close()
-        raise ValueError(f'{path} already holds a run; --resume it, or choose another --model-dir')
-    return lock
-
-
-def save_run(directory, names, content):
-    """Write content to <name>.pt for each name, its log to log.csv; returns what failed, or None.
-
-    A failure is said on stderr and no more: the run goes on, and the next save may work.
-    """
-    try:
-        for name in names:
-            save_checkpoint(content, os.path.join(directory, f'{name}.pt'))
-        with open(os.path.join(directory, 'log.csv'), 'w', newline='') as f:
-            writer = csv.DictWriter(f, content['log'][0] if content['log'] else [])
-            writer.writeheader()
-            writer.writerows(content['log'])
-    except (OSError, RuntimeError) as error:
-        failure = f'could not save in {directory}: {error}'
-        print(f'{failure}; going on, the next save tries again', file=sys.stderr, flush=True)
-        return failure
-
-
-def best_row(log):
-    """The epoch of highest PGD-10 accuracy, of the averaged weights where there are such."""
-    return max(log, key=lambda row: row.get('ema_pgd10', row['pgd10']))
-
-
-def all_finite(model):
-    """Whether no weight is NaN or infinite."""
-    return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
-
-
-# ---------------------------------------------------------------- several processes (torchrun)
-
-def init_processes(device):
-    """(rank, number of processes): (0, 1), or what torchrun says; then torch.distributed runs."""
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1 and not torch.distributed.is_initialized():
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)
-        # Gloo as well, for flags: to ask any_process by NCCL, the host would wait for the GPU
-        gpus = device.type == 'cuda'
-        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
-        atexit.register(torch.distributed.destroy_process_group)
-    return int(os.environ.get('RANK', 0)), world
-
-
-def over_processes(model):
-    """The same weights in all processes and, on GPUs, batch statistics over the whole batch."""
-    if torch.distributed.is_initialized():
-        if next(model.parameters()).is_cuda:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        for tensor in model.state_dict().values():
-            torch.distributed.broadcast(tensor, 0)
-    return model
-
-
-def sum_over_processes(model, loss):
-    """Sum gradients, in place, and losses over all processes, in one message; returns the loss."""
-    if not torch.distributed.is_initialized():
-        return loss
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads] + [loss.to(grads[0].dtype).view(1)])
-    torch.distributed.all_reduce(flat)
-    for g, part in zip(grads, flat[:-1].split([g.numel() for g in grads])):
-        g.copy_(part.view_as(g))
-    return flat[-1]
-
-
-def any_process(flag):
-    """Whether flag is true in any process."""
-    if not torch.distributed.is_initialized():
-        return bool(flag)
-    flag = torch.tensor(float(bool(flag)))
-    torch.distributed.all_reduce(flag)
-    return flag.item() > 0
-
-
 # ---------------------------------------------------------------- weights that move
 
 def perturb_weights(model, gamma):
@@ -577,6 +473,7 @@ def accelerate(model, args, world=1):
         args.amp = device.type == 'cuda' and torch.cuda.is_bf16_supported(False)  # no emulation
     model.amp = args.amp
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.backends.cudnn.benchmark = True  # the fastest convolutions for the shapes that recur
     if args.compile:
         share = args.batch_size / world
         sizes = math.floor(share), math.ceil(share), args.test_batch_size

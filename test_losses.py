@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 
+import data
 import models
 
 NAMES = ['at', 'trades', 'mart', 'gairat']
@@ -163,17 +164,16 @@ def some_kappa(size):
     return [i % (STEPS + 1) for i in range(size)]
 
 
-def example_losses(name, model, x, x_adv, y, **options):
-    """The script's, with some_kappa for GAIRAT."""
-    if name == 'gairat':
-        x_adv = x_adv, torch.tensor(some_kappa(len(y)), dtype=x_adv.dtype)
-        options['num_steps'] = STEPS
-    return SCRIPTS[name].example_losses(model, x, x_adv, y, **options)
-
-
 def loss_of(name, model, x, y, optimizer=None, **options):
     attack = dict(step_size=STEP, epsilon=EPSILON, perturb_steps=STEPS)
     return getattr(SCRIPTS[name], f'{name}_loss')(model, x, y, optimizer, **{**attack, **options})
+
+
+def loss_on(name, model, x, x_adv, y, **options):
+    """The loss on adversarial examples made beforehand, with some_kappa for GAIRAT."""
+    if name == 'gairat':
+        x_adv = x_adv, torch.tensor(some_kappa(len(y)), dtype=x_adv.dtype)
+    return loss_of(name, model, x, y, adv=x_adv, **options)
 
 
 def attack_of(name, model, x, start, y, steps=STEPS, step=STEP):
@@ -234,14 +234,13 @@ def test_batch_mean_is_that_of_all_processes(name, monkeypatch):
 @every_weighting
 def test_losses_match_the_equations(name, weighting):
     z, z_adv, y, kappa = table()
-    given = torch.rand(len(y)).double()  # weights from outside are taken as they are
-    for w, options in ((reference_weights(z_adv.numpy(), weighting), {}), (given, {'w': given})):
-        options |= OPTIONS[name] | weighting
-        losses, used = example_losses(name, nn.Identity(), z, z_adv, y, **options)
-        expected = reference_losses(name, z.numpy(), z_adv.numpy(), y, w, kappa, **OPTIONS[name])
-        assert losses.shape == (len(y),)
-        close(losses, expected)
-        close(torch.as_tensor(used).expand(len(y)), w)
+    w = reference_weights(z_adv.numpy(), weighting)
+    expected = reference_losses(name, z.numpy(), z_adv.numpy(), y, w, kappa, **OPTIONS[name])
+    options = OPTIONS[name] | weighting
+    loss = loss_on(name, nn.Identity(), z, z_adv, y, **options)
+    assert loss.shape == ()
+    close(loss, expected.mean())
+    close(loss_on(name, nn.Identity(), z, z_adv, y, reduction='sum', **options), expected.sum())
 
 
 @every_script
@@ -266,8 +265,7 @@ def test_gradients_match_finite_differences_with_w_held(name, weighting):
     model = small_net()
     x, y = batch(model)
     x_adv = (x + EPSILON * torch.randn_like(x).sign()).clamp(0, 1)
-    losses, _ = example_losses(name, model, x, x_adv, y, **OPTIONS[name], **weighting)
-    losses.mean().backward()
+    loss_on(name, model, x, x_adv, y, **OPTIONS[name], **weighting).backward()
     w = reference_weights(logits_of(model, x_adv)[0], weighting)
 
     def reference():
@@ -474,9 +472,9 @@ def test_loss_and_gradients_are_finite_at_extreme_logits(name, weighting):
     z = 200 * torch.cat([eye, eye, -eye, eye / 2 - eye.roll(1, 0) / 2]).requires_grad_()
     z_adv = 200 * torch.cat([eye, eye.roll(1, 0), eye, eye.roll(2, 0)]).requires_grad_()
     y = torch.arange(10).repeat(4)
-    losses, _ = example_losses(name, nn.Identity(), z, z_adv, y, **weighting)
-    assert losses.isfinite().all() and losses.max() > 100
-    for grad in torch.autograd.grad(losses.sum(), (z, z_adv), materialize_grads=True):
+    loss = loss_on(name, nn.Identity(), z, z_adv, y, **weighting)
+    assert loss.isfinite() and loss > 10
+    for grad in torch.autograd.grad(loss, (z, z_adv), materialize_grads=True):
         assert grad.isfinite().all()
     assert grad.abs().max() > 0
 
@@ -495,13 +493,13 @@ def test_loss_and_gradients_are_finite_at_extreme_logits(name, weighting):
 def test_other_dtypes(name, dtype, tolerance):
     z, z_adv, y, kappa = table(scale=1.0)
     z, z_adv, options = z.to(dtype), z_adv.to(dtype), {'entropy_weight': True, **OPTIONS[name]}
-    losses, w = example_losses(name, nn.Identity(), z, z_adv, y, **options)
-    assert losses.dtype == w.dtype == dtype
+    loss, w = loss_on(name, nn.Identity(), z, z_adv, y, **options), SCRIPTS[name].entropy_weights(z_adv)
+    assert loss.dtype == w.dtype == dtype
     z, z_adv = z.double().numpy(), z_adv.double().numpy()
     expected_w = reference_weights(z_adv, options)
     close(w, expected_w, tolerance)
     expected = reference_losses(name, z, z_adv, y, expected_w, kappa, **OPTIONS[name])
-    close(losses, expected, tolerance)
+    close(loss, expected.mean(), tolerance)
 
     model = small_net(dtype)
     x, y = batch(model, dtype=dtype)
@@ -527,7 +525,7 @@ def test_another_distance_is_refused(name):
     ('mart', dict(step_size=0.007, epsilon=0.031, perturb_steps=10, beta=6.0, distance='l_inf')),
     ('gairat', dict(step_size=0.007, epsilon=0.031, perturb_steps=10, psi=-1.0))])
 def test_signature_is_the_one_that_projects_already_call(name, expected):
-    expected |= dict(entropy_weight=False, tau=1.0)
+    expected |= dict(entropy_weight=False, tau=1.0, adv=None, reduction='mean')
     parameters = inspect.signature(getattr(SCRIPTS[name], f'{name}_loss')).parameters
     assert list(parameters) == ['model', 'x_natural', 'y', 'optimizer', *expected]
     assert {k: p.default for k, p in parameters.items() if p.default is not p.empty} == expected
@@ -536,7 +534,10 @@ def test_signature_is_the_one_that_projects_already_call(name, expected):
 @every_script
 def test_pasted_loss_needs_only_torch_and_what_stands_above_it(name):
     above = SOURCES[name].split(DIVIDER)[0]
-    functions = [node for node in ast.parse(above).body if isinstance(node, ast.FunctionDef)]
+    body = ast.parse(above).body
+    imports = [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert imports == ['import torch', 'import torch.nn.functional as F']
+    functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     last = [node.name for node in functions].index(f'{name}_loss')
     namespace = {'torch': torch, 'F': F}
     for node in functions[:last + 1]:
@@ -552,17 +553,15 @@ def test_pasted_loss_needs_only_torch_and_what_stands_above_it(name):
 
 
 @pytest.mark.parametrize('name', NAMES[1:])
-@pytest.mark.parametrize('part', ['imports', 'batch_mean', 'entropy_weights', 'tail'])
+@pytest.mark.parametrize('part', ['batch_mean', 'entropy_weights', 'tail'])
 def test_scripts_share_what_they_should(name, part):
     def cut(source):
         lines, body = source.splitlines(), ast.parse(source).body
         if part == 'tail':
             first, = [i for i, line in enumerate(lines) if line.startswith(DIVIDER)]
             return lines[first:]
-        kinds = (ast.Import, ast.ImportFrom)
-        nodes = [node for node in body if getattr(node, 'name', '') == part
-                 or part == 'imports' and isinstance(node, kinds)]
-        return lines[nodes[0].lineno - 1:nodes[-1].end_lineno]
+        node, = [node for node in body if getattr(node, 'name', '') == part]
+        return lines[node.lineno - 1:node.end_lineno]
 
     a, b = cut(SOURCES['at']), cut(SOURCES[name])
     odd = next((pair for pair in zip(a + [''], b + ['']) if pair[0] != pair[1]), '')
@@ -576,7 +575,7 @@ def test_scripts_share_what_they_should(name, part):
 def test_augment_is_a_padded_crop_and_flip_of_each_image_alone(size, count):
     images = torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8)
     kept = images.clone()
-    out = SCRIPTS['at'].augment(images)
+    out = data.augment(images)
     assert out.dtype == torch.uint8 and out.shape == images.shape and torch.equal(images, kept)
     matches = torch.zeros(81, 2, count)
     for offset in range(81):
@@ -594,7 +593,7 @@ def test_augment_is_a_padded_crop_and_flip_of_each_image_alone(size, count):
 def test_learning_rate():
     args = SimpleNamespace(lr=0.1, lr_milestones=[100, 105], lr_schedule='multistep', lr_warmup=0,
                            epochs=110)
-    rates = [SCRIPTS['at'].learning_rate(args, done, 0.5) for done in (0, 99, 100, 104, 105, 109)]
+    rates = [SCRIPTS['at'].learning_rate(args, n + 0.5) for n in (0, 99, 100, 104, 105, 109)]
     close(rates, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 

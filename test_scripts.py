@@ -1,8 +1,8 @@
-"""The commands, end to end: python -m pytest -q test_scripts.py"""
-
+"""The commands, end to end; in this process, except where the process itself is what is tested."""
 import argparse
 import copy
 import csv
+import fcntl
 import importlib
 import io
 import json
@@ -17,1193 +17,756 @@ import subprocess
 import sys
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bookkeeping
+import data
 import evaluate
 import models
+import train_at
+import train_trades
 
 torch.set_num_threads(1)  # small work: more threads only get in each other's way
 
 ROOT = Path(__file__).parent
-ALGORITHMS = ('at', 'trades', 'mart', 'gairat')
-TINY = ('--dataset digits --train-size 104 --test-size 40 --epochs 2 --num-steps 2 --batch-size 32 '
-        '--no-cuda').split()
-THREADS = {'OMP_NUM_THREADS': '1'}
+ALGORITHMS = 'at', 'trades', 'mart', 'gairat'
+METHODS = {ew + algorithm: (f'train_{algorithm}', '--entropy-weight' if ew else '')
+           for algorithm in ALGORITHMS for ew in ('', 'ew-')}
+# Steps of 16, 16, 16 and 4 images in each of two epochs
+TINY = ('--dataset digits --train-size 52 --test-size 16 --epochs 2 --num-steps 2 --batch-size 16 '
+        '--no-cuda --model-dir run')
+EPOCH_LINE = r'^epoch \d/2 .*clean .*pgd10 .*entropy .*images/s .*min left$'
+every_algorithm = pytest.mark.parametrize('algorithm', ALGORITHMS)
 
 
-def run(script, *args, cwd, **env):
+def main_of(script, *args, status=0):
+    """(stdout, stderr) of a script's main() in this process, which ends with that exit status."""
+    out, err, got = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, 'argv', [f'{script}.py', *' '.join(map(str, args)).split()])
+        patch.setattr(signal, 'signal', lambda *args: None)  # its handlers would outlive it
+        try:
+            importlib.import_module(script).main()
+        except SystemExit as error:
+            got = error.code
+    assert got == status, err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def fails(script, *args, status=2):
+    """The one line on stderr with which a script's main() ends."""
+    _, told = main_of(script, *args, status=status)
+    assert re.fullmatch(rf'{script}\.py: {"error: " * (status == 2)}.+\n', told), told
+    return told
+
+
+def python(*args):
     """A command as a user types it: its exit status, stdout and stderr."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, args)],
-        cwd=cwd,
-        text=True,
-        timeout=300,
-        env=os.environ | THREADS | env,
-        capture_output=True,
-    )
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    return subprocess.run([sys.executable, *map(str, args)], env=env, text=True, timeout=300,
+                          capture_output=True)
 
 
-def rows_of(path):
-    with open(path, newline='') as f:
+def spy(patch, owner, name, see):
+    """Let see(result, *args, **options) follow each call of the function owner.name."""
+    function = getattr(owner, name)
+    def spied(*args, **options):
+        result = function(*args, **options)
+        see(result, *args, **options)
+        return result
+    patch.setattr(owner, name, spied)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def rows_of(directory='run'):
+    with open(f'{directory}/log.csv', newline='') as f:
         return list(csv.DictReader(f))
+
+
+def last_of(directory='run', name='last'):
+    return models.read_checkpoint(f'{directory}/{name}.pt')
+
+
+def comparable(value):
+    """Without the clock and what a resumed run may be given anew; tensors to the bit."""
+    if isinstance(value, dict):
+        left_out = 'images_per_s', 'seconds', 'args', 'versions'
+        return {k: comparable(v) for k, v in value.items() if k not in left_out}
+    if isinstance(value, list):
+        return [comparable(v) for v in value]
+    return value.numpy().tobytes() if torch.is_tensor(value) else value
+
+
+def same_run(a, b):
+    """Whether two runs left the same weights, averages, momenta, logs and choice of best.pt."""
+    return comparable(rows_of(a)) == comparable(rows_of(b)) and all(
+        comparable(last_of(a, name)) == comparable(last_of(b, name)) for name in ('last', 'best'))
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """The eight methods, trained on a few digits; {name: directory}."""
-    root, found = tmp_path_factory.mktemp('runs'), {}
-
-    def train(name):
-        script = f'train_{name.split("-")[-1]}.py'
-        return run(script, *TINY, *['--entropy-weight'] * name.startswith('ew-'), cwd=root)
-
-    names = [prefix + algorithm for algorithm in ALGORITHMS for prefix in ('', 'ew-')]
-    with ThreadPoolExecutor(2) as pool:
-        for name, done in zip(names, pool.map(train, names)):
-            assert done.returncode == 0, done.stderr
-            assert done.stderr == ''
-            line = r'^epoch \d/2 .*clean .*pgd10 .*entropy .*images/s .*min left$'
-            assert len(re.findall(line, done.stdout, re.M)) == 2
-            found[f'digits-{name}-seed1'] = root / 'runs' / f'digits-{name}-seed1'
+    found = {name: tmp_path_factory.mktemp('runs') / name for name in METHODS}
+    for name, (script, flag) in METHODS.items():
+        sums = []
+        with pytest.MonkeyPatch.context() as patch:
+            spy(patch, importlib.import_module(script), 'loss_function',
+                lambda loss, **options: sums.append(loss.item()))
+            out, _ = main_of(script, TINY, flag, '--model-dir', found[name])
+        assert len(re.findall(EPOCH_LINE, out, re.M)) == 2
+        losses = [row['loss'] for row in last_of(found[name])['log']]  # means over the images
+        assert losses == pytest.approx([sum(sums[:4]) / 52, sum(sums[4:]) / 52])
     return found
 
 
 def test_each_method_leaves_its_log_configuration_and_weights(runs):
-    assert len(runs) == 8
-    weights = {}
+    weights, columns = set(), 'epoch lr loss clean pgd10 entropy high_entropy images_per_s seconds'
     for name, directory in runs.items():
-        assert sorted(p.name for p in directory.iterdir()) == [
-            '.lock',
-            'best.pt',
-            'config.json',
-            'last.pt',
-            'log.csv',
-        ]
-        rows = rows_of(directory / 'log.csv')
-        assert list(rows[0]) == [
-            'epoch',
-            'lr',
-            'loss',
-            'clean',
-            'pgd10',
-            'entropy',
-            'high_entropy',
-            'images_per_s',
-            'seconds',
-        ]
-        assert [row['epoch'] for row in rows] == ['1', '2']
+        assert sorted(os.listdir(directory)) == '.lock best.pt config.json last.pt log.csv'.split()
+        rows = [{k: float(v) for k, v in row.items()} for row in rows_of(directory)]
+        assert [(row['epoch'], row['lr']) for row in rows] == [(1, 0.02), (2, 0.02)]
         for row in rows:
-            assert (
-                0 <= float(row['pgd10']) <= 1
-                and 0 < float(row['entropy']) < 2.31
-                and float(row['loss']) > 0
-            )
+            assert ' '.join(row) == columns and row['loss'] > 0 and row['images_per_s'] > 0
+            assert 0 <= row['pgd10'] <= 1 and 0 < row['entropy'] < 2.31
+        assert 0 < rows[0]['seconds'] < rows[1]['seconds']
         config = json.loads((directory / 'config.json').read_text())
-        assert (
-            config['args']['epsilon'] == 0.1
-            and config['args']['lr'] == 0.02
-            and 'torch' in config['versions']
-        )
-        content = models.read_checkpoint(directory / 'best.pt')
-        assert (
-            content['algorithm'] in name
-            and content['dataset'] == 'digits'
-            and content['arch'] == 'smallcnn'
-        )
-        assert max(content['log'], key=lambda row: row['pgd10']) == content['log'][-1]
-        model = models.load_model(directory / 'last.pt', num_classes=10)
-        weights[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
-        assert not model.training and weights[name].isfinite().all()
-    # Another loss gives other weights
-    assert len({tuple(w[-2000:].tolist()) for w in weights.values()}) == 8
+        assert config['args']['epsilon'] == 0.1 and config['args']['lr'] == 0.02
+        assert 'torch' in config['versions'] and config['processes'] == 1
+        about = [last_of(directory, 'best')[k] for k in ('algorithm', 'dataset', 'arch')]
+        assert about == [name.removeprefix('ew-'), 'digits', 'smallcnn']
+        model = models.load_model(directory / 'last.pt', num_classes=10)  # which are finite
+        weights.add(comparable(model.classifier.fc3.weight.detach()))
+        assert not model.training
+    assert len(weights) == len(runs) == 8  # another loss gives other weights
 
 
-def test_the_log_is_what_the_weights_do(runs):
-    directory = runs['digits-ew-trades-seed1']
-    model = models.load_model(directory / 'last.pt')
-    images, labels = evaluate.load_data('digits', train=False, size=40)
+def test_the_log_is_what_the_weights_do_measured_without_gradients_of_them(runs):
+    model, seen = models.load_model(runs['ew-trades'] / 'last.pt').train(), []
+    model.classifier.fc1.weight.requires_grad_(False)
+    needed = [p.requires_grad for p in model.parameters()]
+    model.register_forward_hook(
+        lambda *_: seen.append(any(p.requires_grad for p in model.parameters())))
+    images, labels = data.load_data('digits', train=False, size=16)
     again = evaluate.evaluate_epoch(model, images, labels, 0.1, 512, seed=1)
-    row = rows_of(directory / 'log.csv')[-1]
-    assert {k: float(row[k]) for k in again} == pytest.approx(again, abs=1e-6)
+    logged = {k: float(rows_of(runs['ew-trades'])[-1][k]) for k in again}
+    assert logged == pytest.approx(again, abs=1e-6)
+    assert len(seen) == 12 and not any(seen)
+    assert [p.requires_grad for p in model.parameters()] == needed and model.training
+
+
+def test_a_command_says_what_it_does_and_does_the_same_in_another_process(runs):
+    done = python(ROOT / 'train_at.py', *TINY.split(), '--log-interval', 2)
+    assert done.returncode == 0 and done.stderr == ''
+    first, *lines, last = done.stdout.splitlines()
+    assert first.startswith('at: smallcnn, 2 epochs of 52 images of digits, 1 process(es) on ')
+    assert ' CPU, ' in first and first.endswith('selected on the test images (optimistic)')
+    assert [line.split('  ')[:2] for line in lines if 'step' in line] == [
+        [f'epoch {e}/2', f'step {s}/4'] for e in (1, 2) for s in (2, 4)]
+    assert len(re.findall(EPOCH_LINE, done.stdout, re.M)) == 2 and len(lines) == 6
+    assert last.startswith('best epoch ') and last.endswith('--model-path run/best.pt')
+    assert same_run('run', runs['at'])
 
 
 def test_each_list_of_numbers_seeds_draws_of_its_own():
     lists = [(1,), (1, 0), (1, 0, 0), (1, 0, 0, 1), (0,), (0, 1), (1, 1), (1, 1, 0), (2,)]
-    draws = []
-    for numbers in lists * 2:
-        evaluate.seed_everything(*numbers)
-        draws.append(torch.rand(()).item())
+    draws = [(data.seed_everything(*numbers), torch.rand(()).item())[1] for numbers in lists * 2]
     assert draws[:len(lists)] == draws[len(lists):] and len(set(draws)) == len(lists)
 
 
-def test_the_same_command_twice_gives_the_same_weights_and_another_seed_others(tmp_path):
-    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
-        assert (
-            run('train_at.py', *TINY, '--seed', seed, '--model-dir', name, cwd=tmp_path).returncode
-            == 0
-        )
-    a, b, c = (models.read_checkpoint(tmp_path / name / 'last.pt')['state_dict'] for name in 'abc')
-    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+def test_each_seed_epoch_and_step_draws_anew(runs, monkeypatch):
+    drawn = []
+    spy(monkeypatch, train_at, 'attack', lambda adv, model, x, x_start, y, *args: drawn.append(
+        (tuple(y.tolist()), (x_start - x).sum().item(), torch.initial_seed())))
+    for seed in (1, 2):
+        main_of('train_at', TINY, f'--seed {seed} --model-dir {seed}')
+    # No two of 2 * 8 steps have the images, the start or the dropout in common
+    assert [len(set(column)) for column in zip(*drawn)] == [16] * 3
+    assert same_run('1', runs['at']) and not same_run('2', runs['at'])
 
 
-def test_save_freq_keeps_epochs(tmp_path):
-    assert (
-        run('train_at.py', *TINY, '--save-freq', 2, '--model-dir', 'r', cwd=tmp_path).returncode
-        == 0
-    )
-    assert models.read_checkpoint(tmp_path / 'r' / 'epoch-2.pt')['epoch'] == 2
-    assert not (tmp_path / 'r' / 'epoch-1.pt').exists()
+def evaluations(monkeypatch, *rows):
+    """Let the epochs of a run measure these."""
+    rows = iter([dict(clean=0.5, entropy=1, high_entropy=0) | row for row in rows])
+    monkeypatch.setattr(evaluate, 'evaluate_epoch', lambda *args, **options: next(rows))
 
 
-# ---------------------------------------------------------------- bad input
+@pytest.mark.parametrize('flag, chosen', [('', 'pgd10'), ('--ema 0.9', 'ema_pgd10')])
+def test_best_is_the_first_epoch_of_highest_pgd10(flag, chosen, monkeypatch):
+    """Of the average, where there is one; --save-freq keeps others."""
+    rows = [{'clean': a, 'pgd10': b, chosen: c} for a, b, c in (
+        (0.9, 0.4, 0.1), (0.7, 0.2, 0.3), (0.8, 0.1, 0.3), (0.6, 0.3, 0.2))]
+    evaluations(monkeypatch, *rows)
+    out, _ = main_of('train_at', TINY, flag, '--epochs 4 --save-freq 2')
+    assert f'\nbest epoch 2: clean 70.00%, pgd10 {rows[1]["pgd10"]:.2%}. Next: ' in out
+    assert [row[chosen] for row in last_of()['log']] == [0.1, 0.3, 0.3, 0.2]
+    kept = {path.stem: last_of(name=path.stem)['epoch'] for path in Path('run').glob('*.pt')}
+    assert kept == {'best': 2, 'last': 4, 'epoch-2': 2, 'epoch-4': 4}
 
 
-def fails(script, args, capsys, monkeypatch):
-    """Run a script's main() in this process; it must end with status 2 and one line: that."""
-    monkeypatch.setattr(sys, 'argv', [f'{script}.py', *map(str, args)])
-    with pytest.raises(SystemExit) as error:
-        importlib.import_module(script).main()
-    told = capsys.readouterr()
-    assert error.value.code == 2 and told.err.count('\n') == 1 and told.err.endswith('\n'), told.err
-    assert 'Traceback' not in told.err and told.err.startswith(f'{script}.py: error: ')
-    return told.err
+# ---------------------------------------------------------------- arguments
+
+BAD = [('--dataset svhn', 'svhn'), ('--arch vgg', 'vgg'), ('--unknown', '--unknown'),
+       ('--arch wideresnet29-10', 'wideresnet29-10'), ('--entropy -w', '--entropy'),
+       ('--dataset cifar10 --arch smallcnn', '28 x 28'), ('--lr-milestones 5 3', 'rise'),
+       ('--lr-milestones 5 5', 'rise'), ('--lr-milestones -1', '-1'), ('--wd -1', '-1'),
+       ('--train-size 1438', '1437'), ('--test-size 361', '360'), ('--epsilon 8', '8/255'),
+       ('--epsilon 8/0', '8/0'), ('--lr inf', 'inf'), ('--seed -1', '-1'), ('--momentum x', 'x'),
+       ('--val-size 15', 'multiple'), ('--train-size 100 --val-size 100', 'all that there are'),
+       ('--extra-data none.npz', 'none.npz: no such file'), ('--model-dir /dev/null/run', '/dev/')]
+BAD += [(f'{flag} {value}', flag) for value in ('0', '-1', 'nan', 'many')
+        for flag in ('--epsilon', '--step-size', '--lr', '--tau', '--batch-size', '--epochs',
+                     '--num-steps', '--log-interval', '--test-batch-size')]
+BAD = [('at', *case) for case in BAD] + [(algorithm, args, args.split()[0]) for algorithm, args in (
+    ('trades', '--beta -1'), ('mart', '--beta nan'), ('gairat', '--psi nan'),
+    ('gairat', '--begin-epoch 21'), ('gairat', '--begin-epoch 0'))]
 
 
-BAD = [
-    (['--dataset', 'svhn'], 'svhn'),
-    (['--arch', 'vgg'], 'vgg'),
-    (['--arch', 'wideresnet29-10'], 'wideresnet29-10'),
-    (['--dataset', 'cifar10', '--arch', 'smallcnn'], '28 x 28'),
-    (['--unknown'], '--unknown'),
-    (['--lr-milestones', '5', '3'], 'rise'),
-    (['--lr-milestones', '5', '5'], 'rise'),
-    (['--lr-milestones', '-1'], '-1'),
-    (['--train-size', '1438'], '1437'),
-    (['--test-size', '361'], '360'),
-    (['--epsilon', '8'], '8/255'),
-    (['--epsilon', '8/0'], '8/0'),
-    (['--lr', 'inf'], 'inf'),
-    (['--wd', '-1'], '-1'),
-    (['--entropy', '-w'], '--entropy'),
-    (['--seed', '-1'], '-1'),
-    (['--momentum', 'x'], 'x'),
-]
-BAD += [
-    ([flag, value], flag)
-    for flag in (
-        '--epsilon',
-        '--step-size',
-        '--lr',
-        '--tau',
-        '--batch-size',
-        '--epochs',
-        '--num-steps',
-        '--log-interval',
-        '--test-batch-size',
-    )
-    for value in ('0', '-1', 'nan', 'many')
-]
+@pytest.mark.parametrize('algorithm, args, told', BAD)
+def test_bad_input_is_one_line_and_nothing_written(algorithm, args, told):
+    assert told in fails(f'train_{algorithm}', '--dataset digits', args)
+    assert os.listdir() == []
 
 
-@pytest.mark.parametrize(
-    'args, told', BAD, ids=lambda v: ' '.join(v) if isinstance(v, list) else ''
-)
-def test_bad_input_is_one_line_and_nothing_written(args, told, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    dataset = [] if '--dataset' in args else ['--dataset', 'digits']
-    assert told in fails('train_at', dataset + args, capsys, monkeypatch)
-    assert list(tmp_path.iterdir()) == []
+def test_a_run_is_not_overwritten(runs):
+    before = (runs['at'] / 'last.pt').read_bytes()
+    assert f'{runs["at"]} already holds' in fails('train_at', TINY, '--model-dir', runs['at'])
+    assert (runs['at'] / 'last.pt').read_bytes() == before
+    shutil.copytree(runs['ew-at'], 'runs/digits-ew-at-seed2')  # by its default name
+    told = fails('train_at', '--dataset digits --no-cuda --entropy-weight --seed 2')
+    assert 'runs/digits-ew-at-seed2 already holds a run' in told
 
 
-@pytest.mark.parametrize(
-    'script, args',
-    [
-        ('train_trades', ['--beta', '-1']),
-        ('train_mart', ['--beta', 'nan']),
-        ('train_gairat', ['--psi', 'nan']),
-        ('train_gairat', ['--begin-epoch', '21']),
-        ('train_gairat', ['--begin-epoch', '0']),
-    ],
-)
-def test_bad_input_of_one_algorithm(script, args, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fails(script, ['--dataset', 'digits', *args], capsys, monkeypatch)
-    assert list(tmp_path.iterdir()) == []
+def test_a_data_set_that_is_nowhere(monkeypatch):
+    download = Mock(side_effect=RuntimeError('Error downloading cifar-10-python.tar.gz'))
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, 'download', download)
+    Path('file').write_text('')
+    for dataset, where in ('cifar10', 'there/cifar-10-batches-py'), ('mnist', 'file/MNIST/raw'):
+        told = fails('train_at', '--dataset', dataset, '--data-dir', where.split('/')[0])
+        assert f'{dataset.upper()} is not in {where} ' in told and '--dataset digits' in told
 
 
-def test_a_run_is_not_overwritten(runs, capsys, monkeypatch):
-    directory = runs['digits-at-seed1']
-    before = (directory / 'last.pt').read_bytes()
-    assert 'already holds a run' in fails(
-        'train_at', [*TINY, '--model-dir', directory], capsys, monkeypatch
-    )
-    monkeypatch.chdir(directory.parent.parent)
-    assert 'already holds a run' in fails(
-        'train_at', TINY, capsys, monkeypatch
-    )  # by its default name
-    assert (directory / 'last.pt').read_bytes() == before
+def test_no_visible_device_means_the_cpu_and_says_so(capsys, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert data.pick_device() == data.pick_device(no_cuda=True) == torch.device('cpu')
+    told = capsys.readouterr().err
+    assert "CUDA_VISIBLE_DEVICES=''" in told and 'CPU' in told and told.count('\n') == 1
 
 
-def test_directories_that_cannot_be(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'file').write_text('')
-    assert 'file' in fails('train_at', [*TINY, '--model-dir', 'file/run'], capsys, monkeypatch)
-    told = fails('train_at', ['--dataset', 'mnist', '--data-dir', 'file'], capsys, monkeypatch)
-    assert 'mnist' in told and 'file' in told and '--dataset digits' in told
-
-
-def test_a_data_set_that_is_nowhere(tmp_path, capsys, monkeypatch):
-    from torchvision import datasets
-
-    def download(self):
-        raise RuntimeError('Error downloading cifar-10-python.tar.gz')
-
-    monkeypatch.setattr(datasets.CIFAR10, 'download', download)
-    told = fails('train_at', ['--data-dir', tmp_path / 'there'], capsys, monkeypatch)
-    assert 'cifar10' in told and str(tmp_path / 'there') in told and '--dataset digits' in told
-
-
-def test_no_visible_device_means_the_cpu_and_says_so(tmp_path):
-    done = run('train_at.py', *TINY[:-1], '--epochs', 1, cwd=tmp_path, CUDA_VISIBLE_DEVICES='')
-    assert done.returncode == 0 and 'CPU' in done.stdout
-    assert "CUDA_VISIBLE_DEVICES=''" in done.stderr and done.stderr.count('\n') == 1
-
-
-# ---------------------------------------------------------------- defaults and documentation
-
-
-@pytest.mark.parametrize('algorithm', ALGORITHMS)
+@every_algorithm
 def test_defaults_are_the_protocol_of_the_paper(algorithm):
-    parse_args = importlib.import_module(f'train_{algorithm}').parse_args
-    args, _ = parse_args([])
-    assert (args.dataset, args.arch, args.epochs, args.lr, args.lr_milestones) == (
-        'cifar10',
-        'preactresnet18',
-        110,
-        0.1,
-        [100, 105],
-    )
-    assert (args.epsilon, args.step_size, args.num_steps) == (8 / 255, 2 / 255, 10)
-    assert (args.batch_size, args.momentum, args.weight_decay, args.tau) == (128, 0.9, 5e-4, 1)
-    args, _ = parse_args(['--dataset', 'mnist'])
-    assert (args.arch, args.epochs, args.lr, args.lr_milestones) == (
-        'smallcnn',
-        100,
-        0.01,
-        [20, 40],
-    )
-    assert (args.epsilon, args.step_size, args.num_steps, args.weight_decay) == (
-        0.3,
-        0.01,
-        40,
-        1e-4,
-    )
-    args, _ = parse_args(['--epochs', '11', '--epsilon', '0.031', '--tau', 'inf', '--wd', '2e-4'])
-    assert (args.lr_milestones, args.epsilon, args.tau, args.weight_decay) == (
-        [10, 11],
-        0.031,
-        float('inf'),
-        2e-4,
-    )
-    options = {
-        'at': {},
-        'trades': {'beta': 6.0},
-        'mart': {'beta': 6.0},
-        'gairat': {'psi': -1.0, 'begin_epoch': 5},
-    }
-    assert options[algorithm].items() <= vars(args).items()
+    script = importlib.import_module(f'train_{algorithm}')
+    def defaults(names, given=''):
+        args = script.parse_args(given.split())
+        return [getattr(args, name) for name in names.split()]
+    names = 'arch epochs lr lr_milestones epsilon step_size num_steps weight_decay'
+    cifar = ['preactresnet18', 110, 0.1, [100, 105], 8 / 255, 2 / 255, 10, 5e-4]
+    mnist = ['smallcnn', 100, 0.01, [20, 40], 0.3, 0.01, 40, 1e-4]
+    assert defaults(names) == defaults(names, '--dataset cifar10') == cifar
+    assert defaults(names, '--dataset mnist') == mnist
+    assert defaults('batch_size momentum tau') == [128, 0.9, 1]
+    given = '--epochs 11 --epsilon 0.031 --tau inf --wd 2e-4'
+    names = 'lr_milestones epsilon tau weight_decay'
+    assert defaults(names, given) == [[10, 11], 0.031, math.inf, 2e-4]
+    options = {'at': [{}, {}], 'trades': [{'beta': 6}] * 2, 'mart': [{'beta': 6}] * 2,
+               'gairat': [{'psi': math.inf}, {'psi': -1}]}  # weights from half of the epochs on
+    args = script.parse_args(given.split())
+    assert [script.loss_options(args, epoch) for epoch in (3, 4)] == options[algorithm]
+    told, _ = main_of(f'train_{algorithm}', '--help')
+    assert all(word in told for word in ('--entropy-weight', 'preactresnet18', 'lr_milestones'))
 
 
-@pytest.mark.parametrize('algorithm', ALGORITHMS)
-def test_help_explains_every_flag(algorithm, capsys):
-    module = importlib.import_module(f'train_{algorithm}')
-    with pytest.raises(SystemExit) as done:
-        module.parse_args(['--help'])
-    told = capsys.readouterr().out
-    assert (
-        done.value.code == 0
-        and '--entropy-weight' in told
-        and 'preactresnet18' in told
-        and 'lr_milestones' in told
-    )
+def test_learning_rates_at_the_first_middle_and_last_step():
+    cosine = [2, 1 + math.cos(0.2 * math.pi), 1, 1 + math.cos(0.75 * math.pi), 0]
+    for flags, rates in (('--lr-milestones 5 8', [2, 2, 0.2, 0.2, 0.02]),
+                         ('--lr-milestones 9 --lr-warmup 4', [0, 1, 2, 2, 0.2]),
+                         ('--lr-schedule cosine', cosine),
+                         ('--lr-schedule onecycle', [0, 1, 2 * 5 / 6, 2 * 2.5 / 6, 0])):
+        args = parsed('--epochs 10 --lr 2', flags)
+        assert [train_at.learning_rate(args, t) for t in (0, 2, 5, 7.5, 10)] == pytest.approx(rates)
 
 
-def test_gairat_weights_begin_at_their_epoch():
-    import train_gairat
+# ---------------------------------------------------------------- interrupted, resumed, bad days
 
-    args, _ = train_gairat.parse_args(['--epochs', '10'])
-    assert [train_gairat.loss_options(args, e)['psi'] for e in (1, 4, 5, 10)] == [
-        float('inf')
-    ] * 2 + [-1.0] * 2
+EACH_STEP = '--save-every-minutes 1e-9'
 
 
-# ---------------------------------------------------------------- interrupted and resumed
-
-TIMING = ('images_per_s', 'seconds')
-
-
-def same_run(a, b):
-    """Two runs ended alike: weights, momentum and log to the bit, all but the clock."""
-    a, b = (models.read_checkpoint(d / 'last.pt') for d in (a, b))
-    assert a['epoch'] == b['epoch'] and a['step'] == b['step'] == 0
-    assert all(torch.equal(a['state_dict'][k], b['state_dict'][k]) for k in a['state_dict'])
-    momenta = [[s['momentum_buffer'] for s in c['optimizer']['state'].values()] for c in (a, b)]
-    assert all(map(torch.equal, *momenta))
-    logs = [[{k: v for k, v in row.items() if k not in TIMING} for row in c['log']] for c in (a, b)]
-    assert logs[0] == logs[1]
-
-
-def start_and_signal(script, args, directory, number):
-    """Start a run that saves after each step, and send it the signal in the middle of epoch 2."""
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / script),
-            *args,
-            '--model-dir',
-            str(directory),
-            '--save-every-minutes',
-            '0.0001',
-        ],
-        env=os.environ | THREADS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None:
-        last = directory / 'last.pt'
-        if last.exists() and (at := models.read_checkpoint(last))['epoch'] == 1 and at['step'] >= 1:
-            process.send_signal(number)
-            break
-        time.sleep(0.002)
-    out, err = process.communicate(timeout=60)
-    return process.returncode, err
+@pytest.mark.parametrize('algorithm, step', [*zip(ALGORITHMS, (1, 2, 3, 2))])
+def test_stopped_inside_an_epoch_and_resumed_is_exact(algorithm, step, runs, monkeypatch):
+    steps, script = [], f'train_{algorithm}'
+    def stop(_, run, loss):
+        steps.append((run.epoch, run.step))
+        if len(steps) == 4 + step:
+            raise data.Stop('stopped', 9)
+    spy(monkeypatch, bookkeeping.Run, 'after_step', stop)
+    main_of(script, TINY, '--entropy-weight', EACH_STEP, status=9)
+    main_of(script, '--resume run')
+    assert steps == [(epoch, step) for epoch in (0, 1) for step in (1, 2, 3, 4)]  # none twice
+    assert same_run('run', runs[f'ew-{algorithm}'])
+    main_of(script, '--resume run --epochs 3')  # goes on from the last
+    assert [row['epoch'] for row in rows_of()] == ['1', '2', '3'] and len(steps) == 12
 
 
-EXTRAS = '--ema 0.8 --awp-gamma 0.01 --awp-warmup 1 --lr-schedule cosine'.split()
-INTERRUPTED = {a: (f'train_{a}.py', ['--entropy-weight'], signal.SIGKILL) for a in ALGORITHMS} | {
-    'SIGINT': ('train_at.py', [], signal.SIGINT),
-    'SIGTERM': ('train_at.py', [], signal.SIGTERM),
-    'extras': ('train_trades.py', EXTRAS, signal.SIGKILL),
-}
+# Arguments: what the last process does before a step, which step, methods, flags
+SCRIPT = """import importlib, os, signal, sys, time, torch, bookkeeping
+end, last, methods, *args = sys.argv[1:]
+rank, share, steps, seeds = int(os.environ.get('RANK', 0)), bookkeeping.Run.share, [], set()
+def ends(run, *tensors):
+    steps.append(1)
+    if rank == run.world - 1 and len(steps) == int(last):
+        exec(end)
+    return share(run, *tensors)
+bookkeeping.Run.share = ends
+if 'RANK' in os.environ:  # no dropout, which differs between the processes
+    torch.nn.Dropout.forward = lambda self, x: (seeds.add(torch.initial_seed()), x)[1]
+for name in methods.split(','):
+    *ew, algorithm = name.split('-')
+    sys.argv = [f'train_{algorithm}.py', *args, '--model-dir', name]
+    sys.argv += ['--entropy-weight'] * len(ew)
+    importlib.import_module(f'train_{algorithm}').main()
+if 'RANK' in os.environ:
+    of_both = [None, None]
+    torch.distributed.all_gather_object(of_both, seeds)
+    assert bookkeeping.over_processes(rank) == 1 and not of_both[0] & of_both[1]
+"""
+EXTRAS = '--ema 0.8 --awp-gamma 0.01 --awp-warmup 1 --lr-schedule cosine'
 
 
-@pytest.fixture(scope='module')
-def interrupted(tmp_path_factory):
-    """Runs signalled inside epoch 2 and then resumed: {name: (directory, status, stderr, step)}."""
-    root = tmp_path_factory.mktemp('interrupted')
-
-    def interrupt(name):
-        script, flags, number = INTERRUPTED[name]
-        directory = root / name
-        status, told = start_and_signal(script, [*TINY, *flags], directory, number)
-        step = models.read_checkpoint(directory / 'last.pt')['step']
-        with open(directory / 'log.csv', 'a') as log:
-            log.write('2,0.02,1.2')  # a line cut off
-        done = run(script, '--resume', directory, '--log-interval', 3, cwd=root)
-        assert done.returncode == 0, done.stderr
-        return directory, status, told, step
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(INTERRUPTED, pool.map(interrupt, INTERRUPTED)))
+def interrupted(method, number, flags):
+    """How a process ended that got a signal in the second step of epoch 2."""
+    args = f'os.kill(os.getpid(),{int(number)}) 6 {method} {TINY} {flags}'
+    done = python('-c', SCRIPT, *args.split())
+    with open(f'{method}/log.csv', 'a') as log:
+        log.write('2,0.02,1.2')  # a line cut off
+    return done
 
 
-@pytest.mark.parametrize('algorithm', ALGORITHMS)
-def test_killed_inside_an_epoch_and_resumed_is_as_if_nothing_had_been(algorithm, runs, interrupted):
-    directory, status, _, step = interrupted[algorithm]
-    assert status == -signal.SIGKILL and 0 < step < 4
-    uninterrupted = runs[f'digits-ew-{algorithm}-seed1']
-    same_run(directory, uninterrupted)
-    ours, theirs = rows_of(directory / 'log.csv'), rows_of(uninterrupted / 'log.csv')
-    assert [{k: row[k] for k in row if k not in TIMING} for row in ours] == [
-        {k: row[k] for k in row if k not in TIMING} for row in theirs
-    ]
-    best = [models.read_checkpoint(d / 'best.pt')['epoch'] for d in (directory, uninterrupted)]
-    assert best[0] == best[1]
+@pytest.mark.parametrize('method, number, flags, status, step', [
+    ('ew-gairat', signal.SIGKILL, EACH_STEP, -9, 1), ('at', signal.SIGINT, '', 130, 2),
+    ('mart', signal.SIGTERM, '', 143, 2)])
+def test_a_signal_saves_and_says_how_to_go_on(method, number, flags, status, step, runs):
+    done, script = interrupted(method, number, flags), METHODS[method][0]
+    left = last_of(method)
+    assert (done.returncode, left['epoch'], left['step']) == (status, 1, step)
+    told = f'{script}.py: stopped; to go on: python {script}.py --resume {method}\n'
+    assert done.stderr == told * (number != signal.SIGKILL)
+    main_of(script, '--resume', method, '--log-interval 3')
+    assert same_run(method, runs[method])
 
 
-@pytest.mark.parametrize('name, status', [('SIGINT', 130), ('SIGTERM', 143)])
-def test_a_signal_saves_says_how_to_go_on_and_leaves(name, status, runs, interrupted):
-    directory, got, told, step = interrupted[name]
-    assert got == status and f'--resume {directory}' in told and told.count('\n') == 1 and step > 0
-    same_run(directory, runs['digits-at-seed1'])
+def test_averaged_weights_and_weight_perturbation_survive_as_well(monkeypatch):
+    done = interrupted('trades', signal.SIGKILL, f'{EXTRAS} {EACH_STEP}')
+    assert done.returncode == -signal.SIGKILL and last_of('trades')['step'] == 1
+    main_of('train_trades', '--resume trades')
+    calls, average, weight = [], {}, 'classifier.fc3.weight'
+    def by_hand(_, run, loss):  # the weights before the first step do not count
+        for k, v in run.model.state_dict().items():
+            average[k] = 0.8 * average[k] + 0.2 * v.double() if k in average else v.double()
+    spy(monkeypatch, bookkeeping.Run, 'after_step', by_hand)
+    spy(monkeypatch, train_trades, 'loss_function', lambda loss, **options: calls.append(1))
+    main_of('train_trades', TINY, EXTRAS)
+    assert same_run('run', 'trades') and len(calls) == 4 + 2 * 4  # AWP from epoch 2 on
+    last, model = last_of(), models.load_model('run/last.pt')
+    for k, v in model.state_dict().items():  # the average is what counts
+        assert torch.equal(v, last['ema_state_dict'][k])
+        assert torch.allclose(v, average[k].float(), atol=1e-6), k
+    assert not torch.equal(last['ema_state_dict'][weight], last['state_dict'][weight])
+    images, labels = data.load_data('digits', train=False, size=16)
+    again, rows = evaluate.evaluate_epoch(model, images, labels, 0.1, 512, seed=1), last['log']
+    assert [rows[1]['ema_clean'], rows[1]['ema_pgd10']] == [again['clean'], again['pgd10']]
+    lr = [0.01 * (1 + math.cos(math.pi * progress / 2)) for progress in (3.5 / 4, 1 + 3.5 / 4)]
+    assert [row['lr'] for row in rows] == pytest.approx(lr)  # in the middle of the last step
 
 
-def test_averaged_weights_and_weight_perturbation_survive_as_well(interrupted, tmp_path):
-    done = run('train_trades.py', *TINY, *EXTRAS, '--model-dir', 'whole', cwd=tmp_path)
-    assert done.returncode == 0
-    same_run(tmp_path / 'whole', interrupted['extras'][0])
-    whole = tmp_path / 'whole'
-    a, b = (models.read_checkpoint(d / 'last.pt') for d in (whole, interrupted['extras'][0]))
-    assert all(
-        torch.equal(a['ema_state_dict'][k], b['ema_state_dict'][k]) for k in a['ema_state_dict']
-    )
-    assert not torch.equal(
-        a['ema_state_dict']['classifier.fc3.weight'],
-        a['state_dict']['classifier.fc3.weight'],
-    )
-    assert 'ema_pgd10' in a['log'][-1] and models.best_row(a['log'])['ema_pgd10'] == max(
-        row['ema_pgd10'] for row in a['log']
-    )
-    loaded = models.load_model(
-        tmp_path / 'whole' / 'last.pt'
-    ).state_dict()  # the average is what counts
-    assert torch.equal(
-        loaded['classifier.fc3.weight'], a['ema_state_dict']['classifier.fc3.weight']
-    )
+def test_what_cannot_be_resumed_is_refused_by_name(runs):
+    for flag in ('--lr 0.5', '--epochs 1', '--entropy-weight', '--seed 2', '--dataset mnist'):
+        assert flag in fails('train_at', '--resume', runs['at'], flag)
+    assert 'train_mart.py' in fails('train_at', '--resume', runs['mart'])
+    assert 'no such file' in fails('train_at', '--resume .')
+    good = (runs['at'] / 'last.pt').read_bytes()
+    malicious = type('Malicious', (), {'__reduce__': lambda self: (os.mkdir, ('ran',))})()
+    files = [good[:-1000], good[:5000], b'', b'text', pickle.dumps(malicious)]
+    for content in (malicious, {'state_dict': {}}, [1]):
+        torch.save(content, file := io.BytesIO())
+        files.append(file.getvalue())
+    for content in files:
+        Path('last.pt').write_bytes(content)
+        assert 'last.pt' in fails('train_at', '--resume .')
+    assert os.listdir() == ['last.pt']
+
+@pytest.mark.parametrize('what, interval, calls', [
+    ('loss', 1, 6), ('loss', 100, 8), ('weight', 100, 8)])
+def test_what_is_not_finite_is_not_saved(what, interval, calls, monkeypatch):
+    loss_function, steps = train_at.loss_function, []
+    def spoiled(model, **options):
+        steps.append(1)
+        loss = loss_function(model, **options)
+        if what == 'weight' and len(steps) == 8:
+            model.classifier.fc3.bias.data.fill_(math.nan)
+        return loss + (math.nan if what == 'loss' and len(steps) == 6 else 0)  # weights stay finite
+    monkeypatch.setattr(train_at, 'loss_function', spoiled)
+    err = fails('train_at', TINY, '--log-interval', interval, status=3)
+    assert ('epoch 2, step 2,' if what == 'loss' else 'epoch 2,') in err and len(steps) == calls
+    assert 'learning rate 0.02;' in err and last_of()['epoch'] == 1
+    assert all(v.isfinite().all() for v in last_of()['state_dict'].values())
 
 
-def test_more_epochs_go_on_from_the_last(runs, tmp_path):
-    shutil.copytree(runs['digits-at-seed1'], tmp_path / 'run')
-    assert run('train_at.py', '--resume', 'run', '--epochs', 3, cwd=tmp_path).returncode == 0
-    assert [row['epoch'] for row in rows_of(tmp_path / 'run' / 'log.csv')] == ['1', '2', '3']
+def test_a_run_that_stays_at_chance_for_five_epochs_is_stopped(monkeypatch):
+    clean = [0.14, 0.14, 0.14, 0.15, 0.14, 0.14, 0.14, 0.14, 0.14]
+    evaluations(monkeypatch, *[dict(clean=v, pgd10=v) for v in clean])
+    told = fails('train_at', TINY, '--train-size 16 --epochs 12', status=3)
+    assert 'chance' in told and 'best.pt is from epoch 4' in told and len(rows_of()) == 9
 
 
-@pytest.mark.parametrize(
-    'args, told',
-    [
-        (['--lr', '0.5'], '--lr 0.5'),
-        (['--epochs', '1'], '--epochs 1'),
-        (['--entropy-weight'], '--entropy-weight'),
-        (['--dataset', 'mnist'], '--dataset mnist'),
-        (['--seed', '2'], '--seed 2'),
-    ],
-)
-def test_a_resumed_run_keeps_its_arguments(args, told, runs, capsys, monkeypatch):
-    assert told in fails(
-        'train_at', ['--resume', runs['digits-at-seed1'], *args], capsys, monkeypatch
-    )
+@pytest.mark.parametrize('failing, status, lines, epoch', [
+    (range(1), 0, 1, 2), (range(2, 99), 1, 2, 1)])
+def test_a_full_disk_ends_no_run_and_spoils_no_file(failing, status, lines, epoch, monkeypatch):
+    save, attempts = torch.save, []
+    def full(content, file):
+        attempts.append(1)
+        if len(attempts) - 1 in failing:
+            file.write(b'half')
+            raise (RuntimeError if status else OSError)('No space left on device')
+        save(content, file)
+    monkeypatch.setattr(torch, 'save', full)
+    _, told = main_of('train_at', TINY, status=status)
+    assert told.count('\n') == told.count('could not save in run: ') == lines  # at the end too
+    assert told.count('No space left') == lines and last_of()['epoch'] == epoch
 
 
-def test_what_cannot_be_resumed_is_refused_by_name(runs, tmp_path, capsys, monkeypatch):
-    class Malicious:
-        def __reduce__(self):
-            return os.system, (f'touch {tmp_path / "ran"}',)
-
-    assert 'train_mart.py' in fails(
-        'train_at', ['--resume', runs['digits-mart-seed1']], capsys, monkeypatch
-    )
-    assert 'no such file' in fails('train_at', ['--resume', tmp_path], capsys, monkeypatch)
-    good = (runs['digits-at-seed1'] / 'last.pt').read_bytes()
-    for content in (good[:-1000], good[:5000], b'', b'text', pickle.dumps(Malicious())):
-        (tmp_path / 'last.pt').write_bytes(content)
-        assert str(tmp_path / 'last.pt') in fails(
-            'train_at', ['--resume', tmp_path], capsys, monkeypatch
-        )
-    for content in (Malicious(), {'state_dict': {}}, [1]):
-        torch.save(content, tmp_path / 'last.pt')
-        assert str(tmp_path / 'last.pt') in fails(
-            'train_at', ['--resume', tmp_path], capsys, monkeypatch
-        )
-    assert not (tmp_path / 'ran').exists()
+def test_out_of_memory_names_the_batch_size(monkeypatch):
+    monkeypatch.setattr(train_at, 'attack', Mock(side_effect=torch.OutOfMemoryError))
+    assert '--batch-size' in fails('train_at', TINY, status=1)
 
 
-# ---------------------------------------------------------------- bad days
-
-
-def main_of(script, args, monkeypatch):
-    """Run a script's main() in this process; its exit status."""
-    monkeypatch.setattr(sys, 'argv', [f'{script}.py', *map(str, args)])
-    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        importlib.import_module(script).main()
-    except SystemExit as error:
-        return error.code
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
-    return 0
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_there(tmp_path, capsys, monkeypatch):
-    import train_at
-
-    steps = []
-
-    def example_losses(model, x, adv, y, **options):
-        steps.append(len(y))
-        losses = torch.nn.functional.cross_entropy(model(adv), y, reduction='none')
-        return losses * (float('nan') if len(steps) == 6 else 1), 0
-
-    monkeypatch.setattr(train_at, 'example_losses', example_losses)
-    args = [*TINY, '--model-dir', tmp_path, '--log-interval', 1]
-    assert main_of('train_at', args, monkeypatch) == 3
-    told = capsys.readouterr().err
-    assert (
-        'epoch 2, step 2' in told
-        and 'learning rate' in told
-        and told.count('\n') == 1
-        and len(steps) == 6
-    )
-    last = models.read_checkpoint(tmp_path / 'last.pt')
-    assert last['epoch'] == 1 and all(v.isfinite().all() for v in last['state_dict'].values())
-
-
-def test_a_run_that_stays_at_chance_is_stopped(tmp_path, capsys, monkeypatch):
-    args = [*TINY, '--lr', '1e-9', '--epochs', '8', '--model-dir', tmp_path]
-    assert main_of('train_at', args, monkeypatch) == 3
-    assert 'chance' in capsys.readouterr().err and len(rows_of(tmp_path / 'log.csv')) == 5
-
-
-def test_a_full_disk_does_not_end_the_run(tmp_path, capsys, monkeypatch):
-    save, attempts = models.save_checkpoint, []
-
-    def full_at_first(content, path):
-        attempts.append(path)
-        if len(attempts) == 1:
-            raise OSError(28, 'No space left on device')
-        save(content, path)
-
-    monkeypatch.setattr(models, 'save_checkpoint', full_at_first)
-    assert main_of('train_at', [*TINY, '--model-dir', tmp_path / 'a'], monkeypatch) == 0
-    told = capsys.readouterr().err
-    assert (
-        'No space left' in told
-        and str(tmp_path / 'a') in told
-        and (tmp_path / 'a' / 'last.pt').exists()
-    )
-
-    def full(content, path):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(models, 'save_checkpoint', full)
-    assert main_of('train_at', [*TINY, '--model-dir', tmp_path / 'b'], monkeypatch) == 1
-    assert 'No space left' in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_save_that_breaks_off_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    models.save_checkpoint({'epoch': 1}, tmp_path / 'last.pt')
-
-    def broken(content, file):
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(torch, 'save', broken)
-    with pytest.raises(OSError):
-        models.save_checkpoint({'epoch': 2}, tmp_path / 'last.pt')
-    assert models.read_checkpoint(tmp_path / 'last.pt') == {'epoch': 1}
-
-
-def test_out_of_memory_names_batch_and_network(tmp_path, capsys, monkeypatch):
-    import train_at
-
-    def attack(*args):
-        raise torch.OutOfMemoryError('CUDA out of memory')
-
-    monkeypatch.setattr(train_at, 'attack', attack)
-    assert main_of('train_at', [*TINY, '--model-dir', tmp_path], monkeypatch) == 1
-    told = capsys.readouterr().err
-    assert 'smallcnn' in told and '32' in told and told.count('\n') == 1
-
-
-def test_the_second_process_on_a_directory_is_refused(runs, tmp_path, capsys, monkeypatch):
-    lock = models.claim_directory(tmp_path, new=True)
-    assert 'another process' in fails(
-        'train_at', [*TINY, '--model-dir', tmp_path], capsys, monkeypatch
-    )
-    lock.close()
-    again = models.claim_directory(tmp_path, new=True)  # the lock is no file that is left behind
-    again.close()
+def test_the_second_process_on_a_directory_is_refused(runs):
+    shutil.copytree(runs['at'], 'old')
+    for flags, new in (('--model-dir new', True), ('--resume old --model-dir old', False)):
+        with bookkeeping.claim_directory(flags[-3:], new):
+            assert 'another process' in fails('train_at', TINY, flags)
+    bookkeeping.claim_directory('new', new=True).close()  # no file is what locks
 
 
 # ---------------------------------------------------------------- several processes
 
-SEVERAL = """import importlib, sys, torch
-torch.nn.Dropout.forward = lambda self, x: x
-out, args = sys.argv[1], sys.argv[2:]
-for algorithm in ('at', 'trades', 'mart', 'gairat'):
-    for name, flags in (('plain', []), ('ew', ['--entropy-weight'])):
-        sys.argv = [algorithm, *args, *flags, '--model-dir', f'{out}/{algorithm}-{name}']
-        importlib.import_module(f'train_{algorithm}').main()
-"""
+# 70 images in batches of 23: shares of 12 and 11, and a last batch of one: one share is empty
+SHARED = f'{TINY} --train-size 70 --batch-size 23 --epochs 1 --lr 0.05'
+TERMINATED = 'os.kill(os.getppid(), signal.SIGTERM)\nwhile not run.signal: time.sleep(0.01)'
 
 
-def torchrun(script, *args, cwd):
-    return subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc-per-node=2',
-            str(script),
-            *map(str, args),
-        ],
-        cwd=cwd,
-        text=True,
-        timeout=300,
-        capture_output=True,
-        env=os.environ | THREADS | {'PYTHONPATH': str(ROOT)},
-    )
+def torchrun(end, methods, flags):
+    Path('several.py').write_text(SCRIPT)
+    return python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', 'several.py',
+                  end, 2, methods, *flags.split())
 
 
-def test_two_processes_are_one(tmp_path):
-    (tmp_path / 'all.py').write_text(SEVERAL)
-    # 70 images in batches of 23: shares of 12 and 11, and a last batch of one: one share is empty
-    args = [*TINY, '--train-size', 70, '--batch-size', 23, '--epochs', 1, '--lr', 0.05]
-    one = subprocess.run(
-        [sys.executable, 'all.py', 'one', *map(str, args)],
-        cwd=tmp_path,
-        text=True,
-        timeout=300,
-        capture_output=True,
-        env=os.environ | THREADS | {'PYTHONPATH': str(ROOT)},
-    )
-    assert one.returncode == 0, one.stderr
-    two = torchrun('all.py', 'two', *args, cwd=tmp_path)
-    assert two.returncode == 0, two.stderr
-    for run_of_one in sorted((tmp_path / 'one').iterdir()):
-        a, b = (
-            models.read_checkpoint(d / 'last.pt')
-            for d in (run_of_one, tmp_path / 'two' / run_of_one.name)
-        )
-        for k in a['state_dict']:
-            assert (a['state_dict'][k] - b['state_dict'][k]).abs().max() < 1e-5, (
-                run_of_one.name,
-                k,
-            )
-        assert a['log'][0]['pgd10'] == b['log'][0]['pgd10'] and a['log'][0][
-            'loss'
-        ] == pytest.approx(b['log'][0]['loss'], abs=1e-5)
+def test_two_processes_are_one_and_go_on_when_terminated(monkeypatch):
+    done = torchrun('', ','.join(METHODS), SHARED)
+    assert done.returncode == 0 and done.stdout.count('best epoch') == 8, done  # one speaks
+    monkeypatch.setattr(torch.nn.Dropout, 'forward', lambda self, x: x)
+    for name, (script, flag) in METHODS.items():
+        main_of(script, SHARED, flag, '--model-dir one')
+        one, two = last_of('one'), last_of(name)
+        shutil.rmtree('one')
+        for k, v in one['state_dict'].items():
+            assert (v - two['state_dict'][k]).abs().max() < 1e-5, (name, k)
+        one, two = one['log'][0], two['log'][0]
+        assert one['pgd10'] == two['pgd10'] and one['loss'] == pytest.approx(two['loss'], abs=1e-5)
+    os.rename('at', 'whole')
+    done = torchrun(TERMINATED, 'at', SHARED)
+    assert done.returncode and done.stderr.count('--resume at') == 1 and last_of('at')['step'] == 2
+    done = torchrun('', 'at', '--resume at')
+    assert done.returncode == 0 and same_run('at', 'whole'), done
 
 
-def test_several_processes_resume_as_well(tmp_path):
-    """SIGTERM to torchrun inside an epoch; resumed, the run ends as one that went through."""
-    only_at = SEVERAL.replace("('at', 'trades', 'mart', 'gairat')", "('at',)")
-    (tmp_path / 'all.py').write_text(only_at)
-    assert torchrun('all.py', 'whole', *TINY, cwd=tmp_path).returncode == 0
-    train = tmp_path / 'train.py'
-    train.write_text(
-        'import torch, train_at\ntorch.nn.Dropout.forward = lambda self, x: x\ntrain_at.main()\n'
-    )
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command = [*launcher, '--nproc-per-node=2', train, *TINY]
-    run_of_two = subprocess.Popen(
-        [*command, '--model-dir', 'cut', '--save-every-minutes', '0.0001'], cwd=tmp_path,
-        env=os.environ | THREADS | {'PYTHONPATH': str(ROOT)}, stderr=subprocess.PIPE, text=True)
-    last = tmp_path / 'cut' / 'last.pt'
-    while run_of_two.poll() is None:
-        if last.exists() and models.read_checkpoint(last)['step'] >= 1:
-            run_of_two.send_signal(signal.SIGTERM)
-            break
-        time.sleep(0.002)
-    assert '--resume cut' in run_of_two.communicate(timeout=100)[1]
-    assert models.read_checkpoint(last)['step'] >= 1
-    assert torchrun(train, '--resume', 'cut', cwd=tmp_path).returncode == 0
-    same_run(tmp_path / 'cut', tmp_path / 'whole' / 'at-plain')
-
-
-def test_a_process_that_dies_takes_the_run_down(tmp_path):
-    (tmp_path / 'dies.py').write_text(
-        'import os, train_at\nattack, steps = train_at.attack, []\n'
-        'def dies(*args):\n    steps.append(1)\n'
-        "    if os.environ['RANK'] == '1' and len(steps) == 3:\n        os._exit(9)\n"
-        '    return attack(*args)\ntrain_at.attack = dies\ntrain_at.main()\n'
-    )
-    done = torchrun('dies.py', *TINY, '--model-dir', tmp_path / 'run', cwd=tmp_path)
+def test_a_process_that_dies_takes_the_run_down():
+    done = torchrun('os._exit(9)', 'at', SHARED)
     assert done.returncode != 0 and 'exitcode' in done.stderr and ': 9' in done.stderr
-
-
-# ---------------------------------------------------------------- data, schedules, speed
-
-
-def parsed(*args, script='train_at'):
-    return importlib.import_module(script).parse_args(['--dataset', 'digits', *map(str, args)])[0]
-
-
-def training_data(*args):
-    return evaluate.TrainingData(parsed(*args), torch.device('cpu'))
-
-
-def test_an_epoch_is_each_image_once():
-    data = training_data('--train-size', 100)
-    torch.manual_seed(0)
-    batches = data.draw_epoch()
-    assert [len(index) for index, _ in batches] == [32, 32, 32, 4] and data.images_per_epoch == 100
-    assert sorted(torch.cat([index for index, _ in batches]).tolist()) == list(range(100))
-    x, y = data.take(batches[0])
-    assert torch.equal(x, data.images[batches[0][0]]) and torch.equal(y, data.labels[batches[0][0]])
-
-
-def test_validation_images_are_the_last_of_each_class_and_never_trained_on():
-    images, labels = evaluate.load_data('digits')
-    data = training_data('--val-size', 50)
-    held_images, held_labels = data.held_out
-    assert torch.bincount(held_labels).tolist() == [5] * 10 and len(data.labels) == 1437 - 50
-    for k in range(10):
-        assert torch.equal(held_images[held_labels == k], images[labels == k][-5:])
-        assert torch.equal(data.images[data.labels == k], images[labels == k][:-5])
-    drawn = torch.cat([index for index, _ in data.draw_epoch()])
-    assert drawn.max() < len(data.images)  # indices into what is left
-
-
-@pytest.fixture
-def extra(tmp_path):
-    """An .npz of 50 images whose pixels are all their index + 100."""
-    path = tmp_path / 'extra.npz'
-    images = np.broadcast_to(
-        np.arange(100, 150, dtype=np.uint8)[:, None, None, None], (50, 28, 28, 1)
-    )
-    np.savez(path, image=images, label=np.arange(50) % 10)
-    return path
-
-
-@pytest.mark.parametrize('mapped', [False, True])
-def test_extra_images_make_up_their_fraction_of_every_batch(extra, mapped, monkeypatch):
-    data = training_data(
-        '--train-size', 100, '--extra-data', extra, '--extra-fraction', 0.7, '--batch-size', 20
-    )
-    if mapped:
-        data.extra = evaluate._map_npz(extra, 'image'), data.extra[1]
-        assert isinstance(data.extra[0], np.memmap)
-    torch.manual_seed(0)
-    batches, seen = data.draw_epoch(), []
-    assert len(batches) == 5  # what the 100 originals alone make
-    for batch in batches:
-        x, y = data.take(batch)
-        assert x.shape == (20, 1, 28, 28) and x.dtype == torch.uint8
-        assert torch.equal(x[:6], data.images[batch[0]]) and torch.equal(
-            y[:6], data.labels[batch[0]]
-        )
-        value = x[6:, 0, 0, 0].long()
-        assert (x[6:] == value[:, None, None, None]).all() and torch.equal(
-            y[6:], (value - 100) % 10
-        )
-        seen += value.tolist()
-    counts = np.bincount(np.array(seen) - 100, minlength=50)
-    assert counts.min() >= 1 and counts.max() <= 2  # 70 draws from 50, evenly
-    assert len(training_data('--extra-data', extra, '--steps-per-epoch', 7).draw_epoch()) == 7
-
-
-def test_bad_extra_data(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    good, labels = np.zeros((4, 28, 28, 1), np.uint8), np.zeros(4, int)
-    cases = [
-        dict(image=good.astype(float), label=labels),
-        dict(image=good[:, :8], label=labels),
-        dict(image=good, label=labels[:3]),
-        dict(image=good, label=labels + 10),
-        dict(image=good, label=labels - 1),
-        dict(image=good, label=labels + 0.5),
-        dict(image=good),
-        dict(image=np.array([Path()] * 4, dtype=object), label=labels),
-    ]
-    for i, case in enumerate(cases):
-        np.savez(tmp_path / 'bad.npz', **case)
-        assert 'bad.npz' in fails(
-            'train_at', [*TINY, '--extra-data', 'bad.npz'], capsys, monkeypatch
-        ), i
-    (tmp_path / 'bad.npz').write_text('no zip')
-    assert 'bad.npz' in fails('train_at', [*TINY, '--extra-data', 'bad.npz'], capsys, monkeypatch)
-    assert 'none.npz' in fails('train_at', [*TINY, '--extra-data', 'none.npz'], capsys, monkeypatch)
-    assert 'multiple' in fails('train_at', [*TINY, '--val-size', 15], capsys, monkeypatch)
-    np.savez(tmp_path / 'good.npz', image=good, label=labels)
-    fails(
-        'train_at',
-        [*TINY, '--extra-data', 'good.npz', '--extra-fraction', 0.999],
-        capsys,
-        monkeypatch,
-    )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.npz', 'good.npz']
-
-
-def test_a_run_with_everything_on(extra, tmp_path):
-    done = run(
-        'train_gairat.py',
-        *TINY,
-        '--entropy-weight',
-        '--extra-data',
-        extra,
-        '--steps-per-epoch',
-        3,
-        '--val-size',
-        20,
-        '--ema',
-        0.9,
-        '--awp-gamma',
-        0.005,
-        '--awp-warmup',
-        1,
-        '--amp',
-        '--lr-schedule',
-        'onecycle',
-        '--lr-warmup',
-        0.5,
-        '--begin-epoch',
-        2,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(tmp_path / 'runs' / 'digits-ew-gairat-seed1' / 'log.csv')
-    assert len(rows) == 2 and 0 <= float(rows[1]['ema_pgd10']) <= 1
-
-
-def test_learning_rates_at_the_first_middle_and_last_step():
-    from train_at import learning_rate
-
-    def rates(*args):
-        args = parsed('--epochs', 10, '--lr', 2, *args)
-        return [
-            learning_rate(args, e, p) for e, p in ((0, 0.0), (2, 0.0), (5, 0.0), (7, 0.5), (9, 1.0))
-        ]
-
-    assert rates('--lr-milestones', 5, 8) == pytest.approx([2, 2, 0.2, 0.2, 0.02])
-    assert rates('--lr-schedule', 'cosine') == pytest.approx(
-        [2, 1 + math.cos(0.2 * math.pi), 1, 1 + math.cos(0.75 * math.pi), 0]
-    )
-    assert rates('--lr-schedule', 'onecycle') == pytest.approx([0, 1, 2 * 5 / 6, 2 * 2.5 / 6, 0])
-    assert rates('--lr-milestones', 9, '--lr-warmup', 4) == pytest.approx([0, 1, 2, 2, 0.2])
-
-
-def awp_reference(model, losses, gamma):
-    """In float64: the proxy network of the official code, stepped with SGD, then normalised."""
-    proxy = copy.deepcopy(model)
-    for learning_rate in (0.01, 3.0):  # cancels
-        optimizer = torch.optim.SGD(proxy.parameters(), lr=learning_rate)
-        proxy.load_state_dict(model.state_dict())
-        optimizer.zero_grad()
-        (-losses(proxy).mean()).backward()
-        optimizer.step()
-        moved = {}
-        for (name, old), new in zip(model.named_parameters(), proxy.parameters()):
-            moved[name] = old.detach().clone()
-            if old.dim() > 1:
-                step = new.detach() - old.detach()
-                moved[name] += gamma * old.detach().norm() / step.norm() * step
-        yield moved
-
-
-def test_weight_perturbation_is_the_official_proxy_network_and_goes_back_exactly():
-    torch.manual_seed(0)
-    model = models.build_model('resnet18', 4).double()
-    x, y = torch.rand(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 4
-
-    def losses(network):
-        return torch.nn.functional.cross_entropy(network(x), y, reduction='none')
-
-    references = list(awp_reference(model, losses, 0.02))
-    before = copy.deepcopy(model.state_dict())
-    with models.frozen_statistics(model):
-        losses(model).mean().backward()
-    assert torch.equal(model.bn1.running_mean, before['bn1.running_mean'])
-    assert model.bn1.num_batches_tracked == 0
-    kept = models.perturb_weights(model, 0.02)
-    for name, parameter in model.named_parameters():
-        for reference in references:
-            assert torch.allclose(parameter, reference[name], atol=1e-9), name
-        assert torch.equal(parameter, before[name]) == (parameter.dim() == 1), name
-    models.restore_weights(kept)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    losses(model)
-    assert model.bn1.num_batches_tracked == 1
-
-
-@pytest.mark.parametrize('algorithm', ALGORITHMS)
-def test_weight_perturbation_takes_the_update_at_the_moved_weights(
-    algorithm, tmp_path, monkeypatch
-):
-    """One step of a run against the same step by hand; w comes from the unperturbed network."""
-    script, given = importlib.import_module(f'train_{algorithm}'), []
-    example_losses = script.example_losses
-
-    def spy(model, *args, w=None, **options):
-        losses, used = example_losses(model, *args, w=w, **options)
-        given.append((copy.deepcopy(model.state_dict()), w, used))
-        return losses, used
-
-    monkeypatch.setattr(script, 'example_losses', spy)
-    args = [
-        *TINY,
-        '--train-size',
-        32,
-        '--epochs',
-        1,
-        '--entropy-weight',
-        '--awp-gamma',
-        0.1,
-        '--awp-warmup',
-        0,
-        '--model-dir',
-        tmp_path / 'run',
-    ]
-    assert main_of(f'train_{algorithm}', args, monkeypatch) == 0
-    (plain, none, w), (moved, w_again, w_used) = given
-    assert none is None and torch.equal(w, w_again) and torch.equal(w, w_used)
-    change = {
-        k: (moved[k] - plain[k]).norm() / plain[k].norm() for k in plain if plain[k].dim() > 1
-    }
-    # the last layer starts at zero, and so do all gradients before it
-    assert all(v == 0 or v == pytest.approx(0.1, rel=1e-3) or v.isnan() for v in change.values())
-    last = models.read_checkpoint(tmp_path / 'run' / 'last.pt')['state_dict']
-    for k in last:  # lr 0.02, momentum empty: the step is at most small, so AWP's own move is gone
-        assert (last[k] - plain[k]).abs().max() < 0.02
-
-
-def test_averaged_weights_are_the_exponential_average_with_the_latest_statistics():
-    torch.manual_seed(0)
-    model = models.build_model('resnet18', 3)
-    ema, by_hand = models.copy_of(model), None
-    for step in range(4):
-        with torch.no_grad():
-            for p in model.parameters():
-                p += torch.randn_like(p)
-        model.bn1.running_mean += 1
-        models.average(ema, model, 0.9 * (step > 0))
-        weights = [p.detach().double() for p in model.parameters()]
-        by_hand = (
-            weights if by_hand is None else [0.9 * a + 0.1 * p for a, p in zip(by_hand, weights)]
-        )
-    for a, p in zip(by_hand, ema.parameters()):
-        assert torch.allclose(a.float(), p, atol=1e-5)
-    assert torch.equal(ema.bn1.running_mean, model.bn1.running_mean)
-
-
-@pytest.mark.parametrize('algorithm', ALGORITHMS)
-def test_bfloat16_agrees_to_its_precision(algorithm):
-    script = importlib.import_module(f'train_{algorithm}')
-    torch.manual_seed(0)
-    model = models.build_model('preactresnet18', in_channels=1).eval()
-    x, y = torch.rand(8, 1, 16, 16), torch.arange(8)
-    x_adv = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
-    adv = (x_adv, torch.arange(8.0) % 3) if algorithm == 'gairat' else x_adv
-    options = {'num_steps': 2} if algorithm == 'gairat' else {}
-    (losses, w), (losses_amp, w_amp) = [
-        (
-            setattr(model, 'amp', amp),
-            script.example_losses(model, x, adv, y, entropy_weight=True, **options),
-        )[1]
-        for amp in (False, True)
-    ]
-    assert losses_amp.dtype == w_amp.dtype == model(x).dtype == torch.float32
-    assert torch.allclose(losses, losses_amp, rtol=0.05, atol=0.05) and not torch.equal(
-        losses, losses_amp
-    )
-    assert torch.allclose(w, w_amp, atol=1e-2)
-
-
-def test_bfloat16_sees_weights_that_changed():
-    model = models.build_model('smallcnn').eval()
-    model.amp = True
-    with torch.no_grad():
-        x = torch.rand(2, 1, 28, 28)
-        before = model(x)
-        model.classifier.fc3.bias += 1
-        assert torch.allclose(model(x), before + 1, atol=0.02)
-
-
-def test_a_step_keeps_mode_gradients_and_memory_format(tmp_path, monkeypatch):
-    import train_trades
-
-    formats, networks = [], []
-    attack = train_trades.attack
-
-    def spy(model, x, *args):
-        assert not any(p.requires_grad for p in model.parameters())  # the attack needs none of them
-        networks.append(model)
-        x_adv = attack(model, x, *args)
-        formats.append([t.is_contiguous(memory_format=torch.channels_last) for t in (x, x_adv)])
-        return x_adv
-
-    monkeypatch.setattr(train_trades, 'attack', spy)
-    monkeypatch.setattr(
-        evaluate,
-        '_load_digits',
-        lambda train: (torch.randint(256, (8, 3, 28, 28), dtype=torch.uint8), torch.arange(8)),
-    )
-    monkeypatch.setitem(
-        evaluate.DATASETS, 'digits', evaluate.DATASETS['digits'] | {'in_channels': 3}
-    )
-    args = [
-        *TINY[:2],
-        '--epochs',
-        1,
-        '--num-steps',
-        1,
-        '--arch',
-        'preactresnet18',
-        '--no-cuda',
-        '--model-dir',
-        tmp_path,
-    ]
-    assert main_of('train_trades', args, monkeypatch) == 0
-    assert formats == [[True, True]] and networks[0].training
-    assert all(p.requires_grad for p in networks[0].parameters())
-    assert networks[0].layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations for which, on a GPU, the host would wait."""
-
-    count = 0
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        aten, (values, *more) = torch.ops.aten, args or (None,)
-        masks = more[0] if f is aten.index.Tensor else ()
-        self.count += any(i is not None and i.dtype == torch.bool for i in masks)
-        self.count += f.overloadpacket in (
-            aten._local_scalar_dense,
-            aten.nonzero,
-            aten.masked_select,
-            aten.equal,
-        )
-        return f(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize('algorithm', ALGORITHMS)
-def test_no_step_waits_for_the_device(algorithm, tmp_path, monkeypatch):
-    """Twice the steps, in the real loop with everything on, wait no more often."""
-    options = '--dataset digits --batch-size 8 --epochs 1 --test-size 8 --num-steps 2 --no-cuda '
-    options += '--entropy-weight --ema 0.9 --awp-gamma 0.01 --awp-warmup 0'
-    waits = []
-    for size in (24, 48):
-        args = [*options.split(), '--train-size', size, '--model-dir', tmp_path / str(size)]
-        with Waits() as mode:
-            assert main_of(f'train_{algorithm}', args, monkeypatch) == 0
-        waits.append(mode.count)
-    assert waits[0] == waits[1] > 0
-
-
-@pytest.mark.parametrize(
-    'arch, amp',
-    [('smallcnn', '--no-amp'), ('preactresnet18', '--amp'), ('wideresnet10-1', '--amp')],
-)
-def test_a_network_compiles_whole_and_once_for_each_use(arch, amp, monkeypatch):
-    """And is then compiled no more: not for a last batch, moved weights or another epoch."""
-    import train_trades
-
-    graphs, compile_ = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        torch,
-        'compile',
-        lambda f, mode, dynamic: compile_(f, backend=backend, dynamic=dynamic, fullgraph=True),
-    )
-    torch._dynamo.reset()
-    model = models.build_model(arch, in_channels=1)
-    models.accelerate(model, parsed(amp, '--compile', '--batch-size', 4, '--test-batch-size', 6))
-    images, labels = evaluate.load_data('digits', train=False, size=12)
-    if arch != 'smallcnn':
-        images = images[:, :, 8:20, 8:20].contiguous()
-    after = []
-    for _ in range(2):
-        for size in (4, 3):
-            x, y = evaluate.to_float(images[:size]), labels[:size]
-            model.requires_grad_(False)
-            x_adv = train_trades.attack(model, x, x, y, 0.02, 0.1, 2)
-            model.requires_grad_(True)
-            for moving in (True, False):
-                with models.frozen_statistics(model, moving):
-                    losses, _ = train_trades.example_losses(model, x, x_adv, y, entropy_weight=True)
-                losses.mean().backward()
-                if moving:
-                    moved = models.perturb_weights(model, 0.01)
-            models.restore_weights(moved)
-        evaluate.evaluate_epoch(model, images, labels, 0.1, 6, seed=1)
-        after.append(len(graphs))
-    # attack with and without gradient, loss, the same with statistics frozen, evaluation
-    assert after[0] == after[1] <= 6
-
-
-def test_compiled_for_two_batch_sizes_and_no_more(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(
-        torch, 'compile', lambda f, **options: lambda x: (compiled.append(len(x)), f(x))[1]
-    )
-    model = models.build_model('smallcnn').eval()
-    names = list(model.state_dict())
-    models.accelerate(model, args := parsed('--compile', '--test-batch-size', 9))
-    for size in (32, 9, 7, 32):
-        assert model(torch.rand(size, 1, 28, 28)).shape == (size, 10)
-    assert compiled == [32, 9, 32] and list(model.state_dict()) == names and args.amp is False
-    compiled.clear()
-    model = models.build_model('smallcnn').eval()
-    models.accelerate(model, parsed('--compile', '--batch-size', 8), world=3)
-    for size in (4, 3, 2):
-        model(torch.rand(size, 1, 28, 28))
-    assert compiled == [3, 2]
-
-
-def test_evaluation_takes_no_gradients_of_weights():
-    images, labels = evaluate.load_data('digits', train=False, size=8)
-    model, seen = models.build_model('smallcnn'), []
-    model.classifier.fc1.weight.requires_grad_(False)
-    needed = [p.requires_grad for p in model.parameters()]
-    model.register_forward_hook(
-        lambda *_: seen.append(any(p.requires_grad for p in model.parameters()))
-    )
-    evaluate.evaluate_epoch(model, images, labels, 0.1, 8, seed=1)
-    assert len(seen) == 12 and not any(seen)
-    assert [p.requires_grad for p in model.parameters()] == needed and model.training
 
 
 @pytest.mark.parametrize('kind, backend', [('cuda', 'cpu:gloo,cuda:nccl'), ('cpu', 'gloo')])
 def test_processes_talk_of_tensors_on_gpus_and_cpus(kind, backend, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.distributed, 'init_process_group', asked.append)
-    monkeypatch.setattr(models.atexit, 'register', lambda f: None)
+    monkeypatch.setattr(bookkeeping.atexit, 'register', lambda f: None)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
-    monkeypatch.setenv('WORLD_SIZE', '4')
-    monkeypatch.setenv('RANK', '3')
-    assert models.init_processes(torch.device(kind)) == (3, 4) and asked == [backend]
+    monkeypatch.setattr(os, 'environ', os.environ | {'WORLD_SIZE': '4', 'RANK': '3'})
+    assert bookkeeping.init_processes(torch.device(kind)) == (3, 4) and asked == [backend]
 
 
-def test_one_process_downloads_at_a_time(tmp_path, monkeypatch):
-    import fcntl
-    import torchvision
-
+def test_one_process_downloads_at_a_time(monkeypatch):
     class Images:
-        base_folder, data, targets = 'x', np.zeros((1, 32, 32, 3), np.uint8), [0]
-
+        base_folder, data, targets, classes = 'x', np.zeros((1, 32, 32, 3), np.uint8), [0], ['a']
         def __init__(self, root, train, download=False):
             if not download:
                 raise RuntimeError('Dataset not found')
             with open(os.path.join(root, '.lock')) as other, pytest.raises(BlockingIOError):
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
     monkeypatch.setattr(torchvision.datasets, 'CIFAR10', Images)
-    assert len(evaluate.load_data('cifar10', str(tmp_path / 'new'))[0]) == 1
+    assert len(data.load_data('cifar10', 'new')[0]) == 1
 
 
-def test_an_average_runs_its_own_weights_in_the_precision_of_the_model(monkeypatch):
-    monkeypatch.setattr(torch, 'compile', lambda f, **options: f)
-    model = models.build_model('smallcnn').eval()
-    models.accelerate(model, parsed('--amp', '--compile', '--test-batch-size', 9))
-    average, x = models.copy_of(model), torch.rand(9, 1, 28, 28)
-    nn.init.ones_(model.classifier.fc3.weight)
-    assert average.amp and model(x).any() and not average(x).any()
+# ---------------------------------------------------------------- data, moving weights, speed
+
+def parsed(*flags):
+    return train_at.parse_args(f'--dataset digits {" ".join(map(str, flags))}'.split())
+
+
+def training_data(*flags):
+    return data.TrainingData(parsed(*flags), torch.device('cpu'))
+
+
+def test_an_epoch_is_each_image_once():
+    source = training_data('--train-size 100')
+    indices = [index for index, _ in source.draw_epoch()]
+    assert list(map(len, indices)) == [32, 32, 32, 4] and source.images_per_epoch == 100
+    drawn = torch.cat(indices).tolist()
+    assert sorted(drawn) == list(range(100)) != drawn
+    (x, y), images = source.take((indices[0], None)), source.images[indices[0]].float() / 255
+    assert torch.equal(x, images) and torch.equal(y, source.labels[indices[0]])
+    source.augmented = True
+    moved, y = source.take((indices[0], None))
+    assert moved.shape == x.shape and moved.max() <= 1 and not torch.equal(moved, x)
+    assert [spec.augmented for spec in data.DATASETS.values()] == [True, True, False, False]
+
+
+def test_validation_images_are_the_last_of_each_class_and_never_trained_on():
+    (images, labels), source = data.load_data('digits'), training_data('--val-size 50')
+    held_images, held_labels = source.held_out
+    assert torch.bincount(held_labels).tolist() == [5] * 10 and len(source.labels) == 1437 - 50
+    for k in range(10):
+        assert torch.equal(held_images[held_labels == k], images[labels == k][-5:])
+        assert torch.equal(source.images[source.labels == k], images[labels == k][:-5])
+    assert max(index.max() for index, _ in source.draw_epoch()) < len(source.images)  # what is left
+
+
+@pytest.fixture
+def extra(tmp_path):
+    """An .npz of 50 images, of which the first pixel is the index."""
+    images = np.random.default_rng(0).integers(256, size=(50, 28, 28, 1), dtype=np.uint8)
+    images[:, 0, 0, 0] = range(50)
+    np.savez(tmp_path / 'extra.npz', image=images, label=np.arange(50, dtype=np.int32) % 10)
+    return tmp_path / 'extra.npz'
+
+
+def test_extra_images_make_up_their_fraction_of_every_batch(extra):
+    source, seen = training_data('--train-size 100 --batch-size 20 --extra-data', extra), []
+    batches, images = source.draw_epoch(), np.load(extra)['image'].transpose(0, 3, 1, 2)
+    assert len(batches) == 5 and source.images_per_epoch == 100  # what the originals alone make
+    for index, extra_index in batches:
+        x, y = source.take((index, extra_index))
+        which = (x[6:, 0, 0, 0] * 255).round().int()
+        assert torch.equal(x[:6], source.images[index].float() / 255) and len(x) == 20
+        assert torch.equal(x[6:], torch.tensor(images[which]) / 255)
+        assert torch.equal(y, torch.cat([source.labels[index], which.long() % 10]))
+        seen += which.tolist()
+    assert set(np.bincount(seen, minlength=50)) == {1, 2}  # 70 draws from 50, evenly
+    source = training_data('--steps-per-epoch 7 --extra-data', extra)
+    assert len(source.draw_epoch()) == 7 and source.images_per_epoch == 7 * 32
+
+
+IMAGE, LABEL = np.zeros((4, 28, 28, 1), np.uint8), np.zeros(4, int)
+BAD_EXTRA = {'floats': dict(image=IMAGE.astype(float)), 'size': dict(image=IMAGE[:, :8]),
+             'lengths': dict(label=LABEL[:3]), 'high': dict(label=LABEL + 10),
+             'low': dict(label=LABEL - 1), 'fractions': dict(label=LABEL + 0.5),
+             'empty': dict(image=IMAGE[:0], label=LABEL[:0]), 'no label': dict(label=None),
+             'pickles': dict(image=np.array([Path()] * 4, dtype=object)), 'no zip': None}
+
+
+@pytest.mark.parametrize('case', BAD_EXTRA)
+def test_bad_extra_data(case):
+    np.savez('good.npz', image=IMAGE, label=LABEL)
+    Path('bad.npz').write_text('no zip')
+    if case != 'no zip':
+        arrays = dict(image=IMAGE, label=LABEL) | BAD_EXTRA[case]
+        np.savez('bad.npz', **{k: v for k, v in arrays.items() if v is not None})
+    assert 'bad.npz' in fails('train_at', TINY, '--extra-data bad.npz')
+    assert '0.999' in fails('train_at', TINY, '--extra-data good.npz --extra-fraction 0.999')
+    assert sorted(os.listdir()) == ['bad.npz', 'good.npz']
+
+
+def test_weight_perturbation_is_the_official_proxy_network_and_goes_back_exactly():
+    torch.manual_seed(0)
+    model = models.build_model('resnet18', 4).double()
+    x, y = torch.rand(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 4
+    before, proxies = copy.deepcopy(model.state_dict()), []
+    for lr in (0.01, 3.0):  # of the proxy, stepped with SGD, then normalised: cancels
+        proxies.append(copy.deepcopy(model))
+        (-torch.nn.functional.cross_entropy(proxies[-1](x), y)).backward()
+        torch.optim.SGD(proxies[-1].parameters(), lr).step()
+    with models.frozen_statistics(model):
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    kept = models.perturb_weights(model, 0.02)
+    for name, p in model.named_parameters():
+        old = before[name]
+        for step in [proxy.get_parameter(name).detach() - old for proxy in proxies]:
+            moved = old + 0.02 * old.norm() / step.norm() * step if old.dim() > 1 else old
+            assert torch.allclose(p, moved, atol=1e-9), name
+        assert torch.equal(p, old) == (old.dim() == 1), name
+    models.restore_weights(kept)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model(x)
+    assert model.bn1.num_batches_tracked == 1
+
+
+@every_algorithm
+def test_weight_perturbation_takes_the_update_at_the_moved_weights(algorithm, monkeypatch):
+    """Its second step, as in the first the last layer is zero; each pass takes a w of its own."""
+    script, passes, weights = importlib.import_module(f'train_{algorithm}'), [], []
+    loss_function = script.loss_function
+    def keep(model, optimizer, **options):
+        momenta = [state['momentum_buffer'].clone() for state in optimizer.state.values()]
+        passes.append((copy.deepcopy(model), momenta, torch.get_rng_state(), options))
+        return loss_function(model=model, optimizer=optimizer, **options)
+    monkeypatch.setattr(script, 'loss_function', keep)
+    spy(monkeypatch, script, 'entropy_weights', lambda w, *args: weights.append(w))
+    main_of(f'train_{algorithm}', TINY, '--train-size 32 --epochs 1 --entropy-weight --awp-gamma '
+            '0.1 --awp-warmup 0')
+    (plain, momenta, _, _), (moved, _, rng, options) = passes[2:]
+    for p, q in zip(plain.parameters(), moved.parameters()):
+        change = 0 if p.dim() == 1 else 0.1 * p.norm().item()
+        assert (q - p).norm().item() == pytest.approx(change, rel=1e-3)
+    torch.set_rng_state(rng)  # for dropout
+    moved.zero_grad()
+    (loss_function(model=moved, optimizer=None, **options) / 16).backward()
+    first, second, by_hand = weights[2:]
+    assert torch.equal(second, by_hand) and not torch.equal(first, second)
+    last = last_of()['state_dict']
+    for (name, p), q, v in zip(plain.named_parameters(), moved.parameters(), momenta):
+        stepped = p - 0.02 * (0.9 * v + q.grad + 1e-4 * p)
+        assert torch.allclose(last[name], stepped, atol=1e-6), name
+
+
+def test_a_step_keeps_what_it_should_and_a_network_compiles_once_for_each_use(monkeypatch):
+    """Compiles not for a last batch, moved weights or another epoch."""
+    formats, networks, graphs, after, compile_ = [], [], [], [], torch.compile
+    def load(data_dir, train):
+        return torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6), None
+    def see(x_adv, model, x, *args):
+        assert not any(p.requires_grad for p in model.parameters())  # the attack needs none
+        networks.append(model)
+        formats.append([t.is_contiguous(memory_format=torch.channels_last) for t in (x, x_adv)])
+    spec = replace(data.DATASETS['digits'], load=load, in_channels=3)
+    monkeypatch.setitem(data.DATASETS, 'digits', spec)
+    monkeypatch.setattr(torch, 'compile', lambda f, mode, dynamic: compile_(
+        f, backend=lambda graph, inputs: (graphs.append(graph), graph.forward)[1], dynamic=dynamic,
+        fullgraph=True))
+    torch._dynamo.reset()
+    spy(monkeypatch, train_trades, 'attack', see)
+    spy(monkeypatch, bookkeeping.Run, 'after_epoch', lambda *args: after.append(len(graphs)))
+    main_of('train_trades', '--dataset digits --epochs 2 --batch-size 4 --test-batch-size 6 --amp '
+            '--num-steps 2 --arch preactresnet18 --entropy-weight --ema 0.9 --awp-gamma 0.01 '
+            '--awp-warmup 0 --compile --no-cuda --model-dir run')
+    # Attack with and without gradient, loss, the same with statistics frozen, evaluation
+    assert len(after) == 2 and 0 < after[0] == after[1] <= 6
+    assert formats == [[True, True]] * 4 and networks[0].training
+    assert all(p.requires_grad for p in networks[0].parameters())
+    assert networks[0].layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    state, ema = (last_of()[k] for k in ('state_dict', 'ema_state_dict'))
+    for k in state:  # statistics are the latest, weights averaged
+        assert torch.equal(state[k], ema[k]) == ('running' in k or 'tracked' in k), k
+    # In each of four steps, clean and adversarial, in the second pass alone
+    assert state['layer1.0.bn1.num_batches_tracked'] == 8
+
+
+@pytest.mark.parametrize('flags, world, sizes, wanted', [
+    ('--test-batch-size 9', 1, [32, 9, 7, 32], [32, 9, 32]),
+    ('--batch-size 8 --amp', 3, [4, 3, 2], [3, 2])])
+def test_compiled_for_the_usual_batch_sizes_alone(flags, world, sizes, wanted, monkeypatch):
+    compiled, args, model = [], parsed('--compile', flags), models.build_model('smallcnn').eval()
+    monkeypatch.setattr(torch, 'compile',
+                        lambda f, **options: lambda x: (compiled.append(len(x)), f(x))[1])
+    names = list(model.state_dict())
+    models.accelerate(model, args, world)
+    assert all(model(torch.rand(size, 1, 28, 28)).shape == (size, 10) for size in sizes)
+    assert compiled == wanted and list(model.state_dict()) == names
+    average, x = models.copy_of(model), torch.rand(wanted[0], 1, 28, 28)  # of its own weights
+    torch.nn.init.ones_(model.classifier.fc3.weight)
+    assert average.amp == args.amp == ('--amp' in flags) and model(x).any() and not average(x).any()
 
 
 def test_a_network_whose_outputs_are_overwritten_by_its_next_run_is_measured_right(monkeypatch):
     """So do CUDA graphs, --compile reduce-overhead."""
-    memory = torch.empty(24, 10)
-
-    def graph(f, **options):
-        return lambda x: f(x) if torch.is_grad_enabled() else memory.copy_(f(x))
-
-    images, labels = evaluate.load_data('digits', train=False, size=24)
-    model = models.build_model('smallcnn')
-    nn.init.normal_(model.classifier.fc3.weight)
+    memory, model = torch.empty(24, 10), models.build_model('smallcnn')
+    torch.nn.init.normal_(model.classifier.fc3.weight)
+    images, labels = data.load_data('digits', train=False, size=24)
     rows = [evaluate.evaluate_epoch(model, images, labels, 0.3, 24, seed=1)]
-    monkeypatch.setattr(torch, 'compile', graph)
-    models.accelerate(model, parsed('--compile', '--test-batch-size', 24))
+    monkeypatch.setattr(torch, 'compile', lambda f, **options: lambda x: (
+        f(x) if torch.is_grad_enabled() else memory.copy_(f(x))))
+    models.accelerate(model, parsed('--compile --test-batch-size 24'))
     rows += [evaluate.evaluate_epoch(model, images, labels, 0.3, 24, seed=1)]
     assert rows[0] == rows[1] and rows[0]['clean'] != rows[0]['pgd10']
 
 
-# ---------------------------------------------------------------- evaluate.py and the loader
+@every_algorithm
+def test_bfloat16_agrees_to_its_precision(algorithm):
+    script, outcomes = importlib.import_module(f'train_{algorithm}'), []
+    torch.manual_seed(0)
+    model = models.build_model('preactresnet18', in_channels=1).eval()
+    x, y, kappa = torch.rand(8, 1, 8, 8), torch.arange(8), torch.arange(8.0) % 3
+    x_adv = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
+    adv = (x_adv, kappa) if algorithm == 'gairat' else x_adv
+    for model.amp in (False, True):
+        loss = script.loss_function(model, x, y, None, adv=adv, perturb_steps=2)
+        outcomes += [loss, script.entropy_weights(model(x_adv))]
+    loss, w, loss_amp, w_amp = outcomes
+    assert loss_amp.dtype == w_amp.dtype == model(x).dtype == torch.float32
+    assert torch.allclose(loss, loss_amp, rtol=0.05, atol=0.05) and loss != loss_amp
+    assert torch.allclose(w, w_amp, atol=1e-2)
+    with torch.no_grad():  # and sees weights that change
+        before = model(x)
+        model.linear.bias += 1
+        assert torch.allclose(model(x), before + 1, atol=0.02)
 
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which, on a GPU, the host would wait."""
+    count = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        masks = args[1] if f is aten.index.Tensor else ()
+        waiting = aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal
+        self.count += any(i is not None and i.dtype == torch.bool for i in masks)
+        self.count += f.overloadpacket in waiting
+        return f(*args, **(kwargs or {}))
+
+
+@every_algorithm
+def test_no_step_waits_for_the_device(algorithm, extra):
+    """Twice the steps, in the real loop with everything on, wait no more often."""
+    flags = ('--dataset digits --train-size 60 --val-size 10 --no-cuda --batch-size 4 --epochs 2 '
+             '--num-steps 2 --entropy-weight --ema 0.9 --awp-gamma 0.01 --awp-warmup 1 '
+             '--lr-schedule onecycle --lr-warmup 0.5 --model-dir run --extra-data')
+    waits = []
+    for steps in (2, 4):
+        with Waits() as mode:
+            told, _ = main_of(f'train_{algorithm}', flags, extra, '--steps-per-epoch', steps)
+        waits.append(mode.count)
+        about = f'{algorithm} with entropy weights: smallcnn, 2 epochs of {4 * steps} images'
+        assert told.startswith(about) and 'selected on the validation images\n' in told
+        assert 0 <= float(rows_of()[1]['ema_pgd10']) <= 1
+        shutil.rmtree('run')
+    assert waits[0] == waits[1] > 0
+
+
+# ---------------------------------------------------------------- evaluate.py and the loader
 
 class Affine(nn.Module):
     """Logits scale * (W x + b), for images of any shape."""
@@ -1243,13 +806,13 @@ def accuracies(out):
 def trained():
     """A SmallCNN trained on clean digits for a moment: accurate, and not robust."""
     torch.manual_seed(0)
-    images, labels = evaluate.load_data('digits')
+    images, labels = data.load_data('digits')
     model = models.build_model('smallcnn')
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for step in range(50):
         index = torch.randint(len(images), (64,))
         optimizer.zero_grad()
-        F.cross_entropy(model(evaluate.to_float(images[index])), labels[index]).backward()
+        F.cross_entropy(model(data.to_float(images[index])), labels[index]).backward()
         optimizer.step()
     return model.eval().to(memory_format=torch.channels_last)  # as the command has it
 
@@ -1280,7 +843,7 @@ def test_linear_model_has_its_exact_robust_accuracy(attack):
     n, epsilon = 60, 0.1
     images = torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8)
     w = torch.randn(16)
-    x = evaluate.to_float(images).flatten(1)
+    x = data.to_float(images).flatten(1)
     b = -(x @ w).median()
     model = Affine(torch.stack([-w / 2, w / 2]), torch.stack([-b / 2, b / 2]))
     labels = (x @ w + b > 0).long()
@@ -1306,8 +869,8 @@ def test_steps_scale_with_epsilon():
 
 
 def test_ls_at_scale_1_is_pgd_bit_for_bit(trained):
-    images, labels = evaluate.load_data('digits', train=False, size=24)
-    x = evaluate.to_float(images)
+    images, labels = data.load_data('digits', train=False, size=24)
+    x = data.to_float(images)
     pgd = evaluate.run_attack('pgd20', trained, x, labels, 0.05)
     assert torch.equal(pgd, evaluate.run_attack('ls', trained, x, labels, 0.05, ls_scale=1.0))
     assert not torch.equal(pgd, evaluate.run_attack('ls', trained, x, labels, 0.05, ls_scale=10.0))
@@ -1342,7 +905,7 @@ def test_restarts_only_ever_find_more():
 
 
 def test_an_attack_that_leaves_the_ball_is_an_error(trained, monkeypatch):
-    images, labels = evaluate.load_data('digits', train=False, size=4)
+    images, labels = data.load_data('digits', train=False, size=4)
     for wrong in (lambda x: x + 0.2, lambda x: x - 0.01, lambda x: x * math.nan):
         monkeypatch.setattr(evaluate, 'pgd_attack', lambda model, x, *_, **__: wrong(x))
         with pytest.raises(RuntimeError, match='left the ball'):
@@ -1350,7 +913,7 @@ def test_an_attack_that_leaves_the_ball_is_an_error(trained, monkeypatch):
 
 
 def test_standard_training_is_not_robust(trained):
-    images, labels = evaluate.load_data('digits', train=False, size=100)
+    images, labels = data.load_data('digits', train=False, size=100)
     assert evaluate.evaluate_attack(trained, images, labels, 'clean', 0)[0].mean() > 0.85
     assert evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.2)[0].mean() < 0.05
 
@@ -1359,11 +922,11 @@ def test_real_cifar10_model():
     """pyautoattack carries a standardly trained ResNet-18; DATA_DIR says where CIFAR-10 is."""
     pyautoattack = pytest.importorskip('pyautoattack')
     path = os.path.join(os.path.dirname(pyautoattack.__file__), 'examples', 'model_test.pt')
-    data_dir = os.environ.get('DATA_DIR', './data')
+    data_dir = os.environ.get('DATA_DIR', str(ROOT / 'data'))
     if not os.path.isdir(os.path.join(data_dir, 'cifar-10-batches-py')) or not os.path.isfile(path):
         pytest.skip('CIFAR-10 is not there')
     model = models.load_model(path, num_classes=10)
-    images, labels = evaluate.load_data('cifar10', data_dir, False, 500)
+    images, labels = data.load_data('cifar10', data_dir, False, 500)
     clean, _ = evaluate.evaluate_attack(model, images, labels, 'clean', 0)
     assert clean.mean() == pytest.approx(0.946, abs=0.003)
     pgd, _ = evaluate.evaluate_attack(model, images[:16], labels[:16], 'pgd10', 8 / 255)
@@ -1378,7 +941,7 @@ def linear10():
     torch.manual_seed(3)
     images = torch.randint(0, 256, (9, 1, 5, 5), dtype=torch.uint8)
     model = Affine(torch.randn(10, 25), torch.randn(10))
-    labels = model(evaluate.to_float(images)).argmax(1).detach()
+    labels = model(data.to_float(images)).argmax(1).detach()
     labels[:2] = (labels[:2] + 1) % 10
     return model, images, labels
 
@@ -1399,7 +962,7 @@ def test_autoattack_is_the_standard_one_and_below_each_of_its_attacks(linear10):
     for before, after in zip(chain, chain[1:]):
         assert not (outcome[after] & ~outcome[before]).any()
     official = pyautoattack.AutoAttack(model, norm='Linf', eps=0.06, seed=5, version='standard')
-    x = evaluate.to_float(images).contiguous()
+    x = data.to_float(images).contiguous()
     _, y_adv = official.run_standard_evaluation(x, labels, batch_size=8)
     assert ((y_adv == labels).numpy() == worst).all()
 
@@ -1431,7 +994,7 @@ def test_the_github_package_serves_as_well(linear10, monkeypatch, capsys):
     assert seen == [(True, False, torch.float32, 9)] and model.training
     assert capsys.readouterr().out == ''
     state = torch.get_rng_state()
-    evaluate.auto_attack('square', model, evaluate.to_float(images), labels, 0.06, 1)
+    evaluate.auto_attack('square', model, data.to_float(images), labels, 0.06, 1)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -1447,10 +1010,10 @@ def test_targeted_attacks_need_ten_classes():
 
 def test_train_mode_is_evaluated_in_eval_mode_and_left_as_it_was():
     torch.manual_seed(0)
-    images, labels = evaluate.load_data('digits', train=False, size=32)
+    images, labels = data.load_data('digits', train=False, size=32)
     model = nn.Sequential(nn.Conv2d(1, 4, 5, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5),
                           nn.Linear(256, 10))
-    model(evaluate.to_float(images))
+    model(data.to_float(images))
     expected, _ = evaluate.evaluate_attack(model.eval(), images, labels, 'pgd10', 0.02)
     model.train()
     model[1].eval()  # frozen
@@ -1493,12 +1056,12 @@ for setting in ('', 'set_float32_matmul_precision("medium")', 'backends.cudnn.be
 def test_evaluation_is_without_tf32_however_it_was_set(tmp_path):
     """In a process of its own: torch refuses to read its older settings once newer ones are set."""
     (tmp_path / 'set.py').write_text(PRECISIONS)
-    done = run(tmp_path / 'set.py', cwd=tmp_path, PYTHONPATH=str(ROOT))
+    done = python('set.py')
     assert done.returncode == 0, done.stderr
 
 
 def test_evaluation_is_in_float32_whatever_training_was(trained):
-    images, labels = evaluate.load_data('digits', train=False, size=32)
+    images, labels = data.load_data('digits', train=False, size=32)
     _, expected = evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.1)
     trained.amp = True
     try:
@@ -1510,7 +1073,7 @@ def test_evaluation_is_in_float32_whatever_training_was(trained):
 
 
 def test_pgd10_is_that_of_the_training_log(trained):
-    images, labels = evaluate.load_data('digits', train=False, size=50)
+    images, labels = data.load_data('digits', train=False, size=50)
     log = evaluate.evaluate_epoch(trained, images, labels, 0.04, 20, seed=3)
     correct, _ = evaluate.evaluate_attack(trained, images, labels, 'pgd10', 0.04, batch_size=20,
                                           seed=3)
@@ -1518,12 +1081,12 @@ def test_pgd10_is_that_of_the_training_log(trained):
 
 
 def test_entropy_report_against_numpy(trained):
-    images, labels = evaluate.load_data('digits', train=False, size=40)
+    images, labels = data.load_data('digits', train=False, size=40)
     correct, entropies = evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.03,
                                                   batch_size=16)
     z = []
     for i in range(0, 40, 16):
-        x, y = evaluate.to_float(images[i:i + 16]), labels[i:i + 16]
+        x, y = data.to_float(images[i:i + 16]), labels[i:i + 16]
         x_adv = evaluate.run_attack('pgd20', trained, x, y, 0.03, first=i)
         z.append(trained(x_adv).detach().double().numpy())
     z = np.concatenate(z)
@@ -1545,7 +1108,7 @@ def test_entropy_report_against_numpy(trained):
 
 
 def test_worst_case_attacks_only_what_still_stands(trained):
-    images, labels = evaluate.load_data('digits', train=False, size=40)
+    images, labels = data.load_data('digits', train=False, size=40)
     columns = evaluate.plan_columns(['clean', 'fgsm', 'pgd20', 'ls'], 0.04, 0.04, worst_case=True)
     assert list(columns) == ['clean', '+ fgsm', '+ pgd20', 'worst case']
     attacked, run_attack = [], evaluate.run_attack
@@ -1579,7 +1142,7 @@ def test_command(run_directory, trained, tmp_path, capsys):
     assert list(table) == ['digits-at-seed1', 'digits-ew-at-seed1']
     assert list(table['digits-at-seed1']) == ['clean', 'pgd20 (0.04)', 'ls (0.04)']
     assert 'first 12 test images of digits' in out and '| digits-at-seed1 | 12 |' in out
-    images, labels = evaluate.load_data('digits', train=False, size=12)
+    images, labels = data.load_data('digits', train=False, size=12)
     correct, entropies = evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.04,
                                                   batch_size=5)
     assert table['digits-at-seed1']['pgd20 (0.04)'] == round(100 * correct.mean(), 2)
@@ -1662,10 +1225,10 @@ def test_a_result_of_other_weights_is_never_taken(run_directory, trained, capsys
     lambda text: b'', lambda text: b'{', lambda text: b'[]', lambda text: b'{"a": 5}',
     lambda text: b'7', lambda text: b'\xff\xfe\x00', lambda text: b'[' * 100000,
     lambda text: text[:-200].encode(),
-    lambda text: text.replace('"correct": "', '"correct": "zz').encode(),
-    lambda text: text.replace('"correct": "', '"correct": "00').encode(),
+    lambda text: text.replace('true', '"zz"').encode(),
+    lambda text: text.replace('"correct": [', '"correct": [true, ').encode(),
     lambda text: text.replace('"correct"', '"wrong"').encode(),
-    lambda text: text.replace('"entropy": "', '"entropy": "00').encode()])
+    lambda text: text.replace('"entropy": [', '"entropy": [[').replace(']}', ']]}').encode()])
 def test_a_damaged_cache_is_said_and_made_anew(damage, run_directory, capsys):
     argv = ['--model-path', run_directory / 'best.pt', '--attacks', 'pgd20', '--n-examples', 12]
     cache = run_directory / 'best.pt.eval.json'
@@ -1722,7 +1285,7 @@ def test_figures(run_directory, trained, tmp_path, capsys, monkeypatch):
     points = [row['model'] for row in tables['entropy_vs_robustness']]
     assert points == ['digits-at-seed1', 'b', 'c']
     assert {row['class'] for row in tables['tsne']} == {'3', '8'}
-    labels = evaluate.load_data('digits', train=False, size=60)[1]
+    labels = data.load_data('digits', train=False, size=60)[1]
     assert len(tables['tsne']) == 3 * ((labels == 3) | (labels == 8)).sum()
     assert [row['epoch'] for row in tables['training_curves']] == ['1.0', '2.0'] * 3
 
@@ -2049,61 +1612,50 @@ def test_logits_are_robustbenchs_forward_pass():
 # ---------------------------------------------------------------- the README
 
 README = (ROOT / 'README.md').read_text()
-COMMANDS = [
-    line
-    for line in re.findall(r'(?:^|&& |`)((?:python|torchrun) [^`\n]*)', README, re.M)
-    if '.py' in line
-]
+COMMANDS = [line for line in re.findall(r'(?:^|&& |`)((?:python|torchrun) [^`\n]*)', README, re.M)
+            if '.py' in line]
 
 
 def test_the_readme_has_the_commands_that_matter():
     assert len(COMMANDS) > 35
-    assert 'pip install -r requirements.txt && python -m pytest -q' in README
-    assert (
-        'pip install -r requirements.txt && python train_trades.py --dataset digits '
-        '--entropy-weight --beta 5.5'
-        in README
-    )
-    assert (
-        'pip install -q -r requirements.txt && python -m pytest -q'
-        in (ROOT / '.ci' / 'run').read_text()
-    )
+    tests = 'pip install -r requirements.txt && python -m pytest -q'
+    assert tests in README
+    assert ('pip install -r requirements.txt && python train_trades.py --dataset digits '
+            '--entropy-weight --beta 5.5') in README
+    assert tests.replace('install', 'install -q') in (ROOT / '.ci' / 'run').read_text()
 
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_command_in_the_readme_parses(command, monkeypatch):
     words = shlex.split(command, comments=True)
     script = next(word for word in words if word.endswith('.py'))
-    args = words[words.index(script) + 1 :]
-    assert (ROOT / script).exists() and set(words[1 : words.index(script)]) <= {
-        '--nproc-per-node=8'
-    }
-    monkeypatch.setattr(
-        models, 'read_run', lambda directory, algorithm: {'args': vars(parse([])[0])}
-    )
+    args = words[words.index(script) + 1:]
     parse = importlib.import_module(script[:-3]).parse_args
+    assert (ROOT / script).exists()
+    assert set(words[1:words.index(script)]) <= {'--nproc-per-node=8'}
+    monkeypatch.setattr(bookkeeping, 'read_run', lambda *_: {'args': vars(parse([]))})
     if args == ['--help']:
         with pytest.raises(SystemExit, match='0'):
             parse(args)
-        return
-    args, _ = parse(args)
-    if script != 'evaluate.py':
-        assert args.epsilon == evaluate.DATASETS[args.dataset]['epsilon']
+    elif script == 'evaluate.py':
+        parse(args)
+    else:
+        args = parse(args)
+        assert args.epsilon == data.DATASETS[args.dataset].protocol['epsilon']
 
 
 def test_the_readme_reads_a_pickle_of_arrays_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (snippet,) = re.findall(r'```python\n(import pickle.*?)```', README, re.S)
-    images, labels = (
-        np.random.randint(256, size=(20, 32, 32, 3), dtype=np.uint8),
-        np.arange(20) % 10,
-    )
+    snippet, = re.findall(r'```python\n(import pickle.*?)```', README, re.S)
+    images = np.random.randint(256, size=(20, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(20) % 10
     for protocol in range(2, 6):
         with open('ti_500K_pseudo_labeled.pickle', 'wb') as f:
             pickle.dump({'data': images, 'extrapolated_targets': labels}, f, protocol)
         exec(snippet, {})
-        found, found_labels = evaluate.load_extra('ti_500k.npz', 'cifar10', torch.device('cpu'))
-        assert (found.numpy() == images).all() and (found_labels.numpy() == labels).all()
+        found, found_labels = data.load_extra('ti_500k.npz', 'cifar10', torch.device('cpu'))
+        assert (found.permute(0, 2, 3, 1).numpy() == images).all()
+        assert (found_labels.numpy() == labels).all()
 
     class Malicious:
         def __reduce__(self):

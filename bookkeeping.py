@@ -1,0 +1,379 @@
+"""A training run: its flags, directory, log, checkpoints, progress, signals and processes.
+
+Nothing here knows an algorithm, and no number of a run depends on it: random draws follow from
+(seed, epoch, step), so what a run is resumed from is its weights, its optimizer and its log.
+"""
+import atexit
+import contextlib
+import csv
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import data
+import models
+
+# What a resumed run may be given anew: it leaves the result alone (and --epochs may only grow).
+RESUMABLE = ('resume', 'model_dir', 'data_dir', 'epochs', 'log_interval', 'save_freq',
+             'save_every_minutes', 'no_cuda')
+
+
+# ---------------------------------------------------------------- arguments
+
+def add_run_args(parser):
+    """The flags that a Run takes."""
+    add = parser.add_argument_group('run').add_argument
+    add('--seed', type=data.whole(0), default=1)
+    add('--model-dir', help='holds no run yet (default: runs/DATASET-[ew-]ALGORITHM-seedSEED)')
+    add('--resume', metavar='MODEL_DIR',
+        help=f'go on with that run; given anew may be its {", ".join(RESUMABLE[2:])}')
+    add('--save-every-minutes', type=data.real('(0, inf]'), default=15.0, help='inside an epoch')
+    add('--save-freq', type=data.whole(0), default=0,
+        help='keep epoch-E.pt every N epochs; 0: last.pt and best.pt alone')
+    add('--log-interval', type=data.whole(1), default=100, help='steps between two reports')
+    add('--test-batch-size', type=data.whole(1), default=512)
+    add('--no-cuda', action='store_true', help='train on the CPU')
+
+
+def complete_args(parser, argv, algorithm):
+    """The arguments in argv, complete by protocol or by the run that --resume names.
+
+    Raises ValueError or OSError for what does not fit together.
+    """
+    args = parser.parse_args(argv)
+    if args.resume:
+        saved = read_run(args.resume, algorithm)['args'] | {'model_dir': args.resume}
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+        for name, value in saved.items():
+            given = getattr(args, name)
+            if given != value and (name not in RESUMABLE or name == 'epochs' and given < value):
+                flag = '--' + name.replace('_', '-')
+                raise ValueError(f'{flag} {given} is not that of the run, {value}')
+        return args
+    data.fill_protocol(args)
+    if args.model_dir is None:
+        name = ('ew-' if args.entropy_weight else '') + algorithm
+        args.model_dir = os.path.join('runs', f'{args.dataset}-{name}-seed{args.seed}')
+    return args
+
+
+# ---------------------------------------------------------------- a run
+
+class Run:
+    """Where a run stands, and all that happens to it beside the training.
+
+    device: what it runs on; rank, world: this process, and how many there are; epoch, step: what
+    is done, epochs and steps of the next. The training calls, in this order:
+
+        begin(...)                          once; claims the directory, or restores the run
+        steps(...), share(...), backward(...), after_step(...)      in each epoch and step
+        after_epoch(...)                    saves, reports
+        finish()
+
+    An end that is not success is a data.Stop.
+    """
+
+    def __init__(self, args, algorithm):
+        self.args, self.algorithm = args, algorithm
+        self.device = data.pick_device(args.no_cuda)
+        self.rank, self.world = init_processes(self.device)
+        self.epoch, self.step, self.seconds, self.log = 0, 0, 0.0, []
+        self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # loss of the epoch
+        self.failure = None  # of the last attempt to save
+        self.signal = 0  # that asks for the end
+
+    def begin(self, images_per_epoch, model, optimizer, ema):
+        """Claim the directory and, to go on with a run, restore it.
+
+        images_per_epoch: a number; ema: the averaged network or None. Raises ValueError or OSError.
+        """
+        self.images_per_epoch = images_per_epoch
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        args = self.args
+        if self.rank == 0:
+            self.lock = claim_directory(args.model_dir, new=not args.resume)
+        if args.resume:
+            saved = read_run(args.resume, self.algorithm)
+            model.load_state_dict(saved['state_dict'])
+            optimizer.load_state_dict(saved['optimizer'])
+            if ema:
+                ema.load_state_dict(saved['ema_state_dict'])
+            self.epoch, self.step = saved['epoch'], saved['step']
+            self.seconds, self.log = saved['seconds'], saved['log']
+            self.total.fill_(saved['total'])
+        self.began, self.saved_at = time.time() - self.seconds, time.time()
+        self.about = {'algorithm': self.algorithm, 'dataset': args.dataset, 'arch': args.arch,
+                      'args': vars(args), 'versions': data.versions(self.device)}
+        if self.rank == 0:
+            with open(os.path.join(args.model_dir, 'config.json'), 'w') as f:
+                json.dump(self.about | {'command': sys.argv, 'processes': self.world}, f, indent=1)
+        weighted = ' with entropy weights' if args.entropy_weight else ''
+        self.say(f'{self.algorithm}{weighted}: {args.arch}, {args.epochs} epochs of '
+                 f'{images_per_epoch:,} images of {args.dataset}, {self.world} process(es) on '
+                 f'{self.about["versions"]["device"]}; kept in {args.model_dir}; best.pt is selected '
+                 f'on the {"validation images" if args.val_size else "test images (optimistic)"}')
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def steps(self, num_steps):
+        """The steps of an epoch that are still to be done, from 0; after_step counts them."""
+        self.num_steps, self.first = num_steps, self.step
+        first = self.first
+        self.finite = torch.zeros((), device=self.device)  # steps until the loss was not
+        warm_up = first + min(10, (num_steps - first) // 2)  # which the images/s leave out
+        start = time.time()
+        self.bar = tqdm(range(first, num_steps), f'epoch {self.epoch + 1}/{self.args.epochs}',
+                        num_steps, initial=first, unit='batch', leave=False,
+                        disable=None if self.rank == 0 else True)
+        for step in self.bar:
+            if step == warm_up:
+                synchronize(self.device)
+                start = time.time()
+            yield step
+        synchronize(self.device)
+        timed = self.images_done() - warm_up * self.args.batch_size
+        self.images_per_s = timed / (time.time() - start)
+
+    def share(self, *tensors):
+        """This process's part of each tensor of a whole batch."""
+        return [t.tensor_split(self.world)[self.rank] for t in tensors]
+
+    def backward(self, loss, batch_size):
+        """Gradients of a loss summed over the batch, divided by the batch's size; its value.
+
+        Under several processes loss is that of this process's share, and gradients and value are
+        those of the whole batch.
+        """
+        (loss / batch_size).backward()
+        return sum_over_processes(self.model, loss.detach())
+
+    def images_done(self):
+        return min(self.step * self.args.batch_size, self.images_per_epoch)
+
+    def after_step(self, loss):
+        """Count a step of that summed loss; report and save where it is time, and end where asked.
+
+        Only where it reports or saves does the host wait for the device.
+        """
+        self.step += 1
+        self.total += loss
+        self.finite += self.total.isfinite()
+        done = self.step == self.num_steps
+        report = self.step % self.args.log_interval == 0
+        due = time.time() > self.saved_at + 60 * self.args.save_every_minutes
+        if report or due or self.signal or done:
+            self.check_finite()
+            mean = f'{self.loss:.3f}'
+            self.bar.set_postfix(loss=mean)
+            if report and self.bar.disable:
+                self.say(f'epoch {self.epoch + 1}/{self.args.epochs}  '
+                         f'step {self.step}/{self.num_steps}  loss {mean}')
+        if not done:
+            if due:
+                self.save('last')
+            self.end_if_asked()
+
+    def check_finite(self):
+        self.loss = self.total.item() / self.images_done()
+        if not math.isfinite(self.loss) or not all_finite(self.model):
+            first = min(self.first + int(self.finite) + 1, self.num_steps)
+            self.stop(3, f'the loss or a weight is not finite, epoch {self.epoch + 1}, step {first}, '
+                      f'learning rate {self.optimizer.param_groups[0]["lr"]:g}; the last checkpoint '
+                      'is untouched. Try a lower --lr, or --no-amp')
+
+    def after_epoch(self, measured):
+        """Log an epoch, with what evaluate_epoch measured; save and report; end where asked."""
+        row = {'epoch': self.epoch + 1, 'lr': self.optimizer.param_groups[0]['lr'],
+               'loss': self.loss, **measured, 'images_per_s': self.images_per_s,
+               'seconds': time.time() - self.began}
+        self.log.append(row)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.total.zero_()
+        names = ['last']
+        if best_row(self.log) is row:
+            names.append('best')
+        if self.args.save_freq and self.epoch % self.args.save_freq == 0:
+            names.append(f'epoch-{self.epoch}')
+        self.save(*names)
+        self.say(describe(row, self.args.epochs))
+        if is_stuck(self.log, self.model.num_classes):
+            self.stop(3, 'no better than chance for five epochs; best.pt is from epoch '
+                      f'{best_row(self.log)["epoch"]}. Try a lower --lr or --awp-gamma')
+        if self.epoch < self.args.epochs:
+            self.end_if_asked()
+
+    def finish(self):
+        over_processes(0)  # none leaves while another still needs it
+        if self.failure:
+            self.stop(1, self.failure)
+        best = best_row(self.log)
+        self.say(f'best epoch {best["epoch"]}: clean {best["clean"]:.2%}, pgd10 {best["pgd10"]:.2%}.'
+                 f' Next: python evaluate.py --model-path '
+                 f'{os.path.join(self.args.model_dir, "best.pt")}')
+
+    def save(self, *names):
+        """Write <name>.pt for each name, and log.csv.
+
+        A failure is said on stderr and no more: the run goes on, and the next save may work.
+        """
+        self.saved_at = time.time()
+        if self.rank > 0:
+            return
+        directory = self.args.model_dir
+        content = self.about | {
+            'epoch': self.epoch, 'step': self.step, 'total': self.total.item(),
+            'seconds': time.time() - self.began, 'log': self.log,
+            'state_dict': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'ema_state_dict': self.ema and self.ema.state_dict()}
+        try:
+            for name in names:
+                models.save_checkpoint(content, os.path.join(directory, f'{name}.pt'))
+            with open(os.path.join(directory, 'log.csv'), 'w', newline='') as f:
+                writer = csv.DictWriter(f, self.log[0] if self.log else [])
+                writer.writeheader()
+                writer.writerows(self.log)
+            self.failure = None
+        except (OSError, RuntimeError) as error:
+            self.failure = f'could not save in {directory}: {error}'
+            print(f'{self.failure}; going on, the next save tries again', file=sys.stderr)
+
+    def stop(self, status, why):
+        raise data.Stop(why if self.rank == 0 else None, status)
+
+    def catch(self, number, frame):
+        """The handler of signals: the first ends the run after its step, the second at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def end_if_asked(self):
+        """Save and end the run where any process was asked to by a signal."""
+        number = over_processes(self.signal)
+        if number:
+            self.save('last')
+            over_processes(0)
+            self.stop(128 + number, f'stopped; to go on: python {os.path.basename(sys.argv[0])} '
+                      f'--resume {self.args.model_dir}')
+
+
+# ---------------------------------------------------------------- directories and logs
+
+def read_run(directory, algorithm):
+    """The content of a run's last.pt; FileNotFoundError or ValueError names the file."""
+    path = os.path.join(directory, 'last.pt')
+    content = models.read_checkpoint(path)
+    keys = {'algorithm', 'args', 'state_dict', 'optimizer', 'epoch', 'step', 'total', 'seconds',
+            'log'}
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise ValueError(f'{path}: not a checkpoint that a run can go on from')
+    if content['algorithm'] != algorithm:
+        raise ValueError(f'{path}: of train_{content["algorithm"]}.py, not of train_{algorithm}.py')
+    return content
+
+
+def claim_directory(path, new):
+    """Make the directory and lock it until this process ends, however it ends; returns the lock.
+
+    Raises ValueError where another process has it or, for a new run, where it holds one; OSError
+    where it cannot be written.
+    """
+    os.makedirs(path, exist_ok=True)
+    with contextlib.ExitStack() as failed:
+        lock = failed.enter_context(open(os.path.join(path, '.lock'), 'w'))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'{path}: another process is training there') from None
+        if new and any(name.endswith('.pt') for name in os.listdir(path)):
+            raise ValueError(f'{path} already holds a run; --resume it, or choose another '
+                             '--model-dir')
+        failed.pop_all()  # leaves it open
+    return lock
+
+
+def best_row(log):
+    """The epoch of highest PGD-10 accuracy, of the averaged weights where there are such."""
+    return max(log, key=lambda row: row.get('ema_pgd10', row['pgd10']))
+
+
+def is_stuck(log, num_classes, patience=5):
+    """Whether the last epochs were all at chance: a run that collapsed or never began to learn."""
+    return len(log) >= patience and all(row['clean'] < 1.5 / num_classes for row in log[-patience:])
+
+
+def describe(row, epochs):
+    """A row of log.csv as the line that a person reads, with the time that is left."""
+    left = row['seconds'] / row['epoch'] * (epochs - row['epoch'])
+    return (f'epoch {row["epoch"]}/{epochs}  lr {row["lr"]:g}  loss {row["loss"]:.3f}  '
+            f'clean {row["clean"]:.2%}  pgd10 {row["pgd10"]:.2%}  entropy {row["entropy"]:.2f}, '
+            f'{row["high_entropy"]:.1%} above 1.5  {row["images_per_s"]:,.0f} images/s  '
+            f'{int(left // 60)}:{int(left % 60):02} min left')
+
+
+def all_finite(model):
+    """Whether no weight is NaN or infinite."""
+    return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
+
+
+def synchronize(device):
+    """Wait for a CUDA device to finish, so that a clock can be read."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------- several processes (torchrun)
+
+def init_processes(device):
+    """(rank, number of processes): (0, 1), or what torchrun says; then torch.distributed runs."""
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1 and not torch.distributed.is_initialized():
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
+        # Gloo as well, for signals: to ask for them by NCCL, the host would wait for the GPU
+        gpus = device.type == 'cuda'
+        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+        atexit.register(torch.distributed.destroy_process_group)
+    return int(os.environ.get('RANK', 0)), world
+
+
+def same_everywhere(model):
+    """The same weights in all processes and, on GPUs, batch statistics over the whole batch."""
+    if torch.distributed.is_initialized():
+        if next(model.parameters()).is_cuda:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+    return model
+
+
+def sum_over_processes(model, loss):
+    """Sum gradients, in place, and losses over all processes, in one message; returns the loss."""
+    if not torch.distributed.is_initialized():
+        return loss
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads] + [loss.to(grads[0].dtype).view(1)])
+    torch.distributed.all_reduce(flat)
+    for g, part in zip(grads, flat[:-1].split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
+    return flat[-1]
+
+
+def over_processes(number):
+    """The highest of a whole number over all processes."""
+    if not torch.distributed.is_initialized():
+        return number
+    number = torch.tensor(number)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return number.item()

@@ -1,0 +1,388 @@
+"""Data sets and what each is trained with, how an epoch is drawn, and what each command needs: types
+of flags, errors of one line, seeds, the device.
+
+A data set is one entry of DATASETS: how to load it, its shape, and the protocol of its training.
+"""
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import math
+import os
+import platform
+import sys
+import zipfile
+from functools import partial
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------- data sets
+
+@dataclasses.dataclass
+class Dataset:
+    load: Callable  # (data_dir, train) -> uint8 images (N, C, H, W), int64 labels (N,), class names
+    num_classes: int
+    in_channels: int
+    size: int  # height and width in pixels
+    augmented: bool  # by crop and flip, in training
+    protocol: dict  # values of the training scripts' flags
+
+
+def load_torchvision(name, data_dir, train):
+    """A torchvision data set from data_dir, or else downloaded to it.
+
+    Raises FileNotFoundError where neither works, ValueError where a file is damaged.
+    """
+    from torchvision import datasets
+    kind = getattr(datasets, name)
+    try:
+        data = kind(data_dir, train=train)
+    except RuntimeError:  # torchvision's "not found or corrupted"
+        try:
+            os.makedirs(data_dir, exist_ok=True)
+            with open(os.path.join(data_dir, '.lock'), 'w') as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one downloads, the others then find it there
+                data = kind(data_dir, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            where = os.path.join(data_dir, 'MNIST/raw' if name == 'MNIST' else kind.base_folder)
+            raise FileNotFoundError(
+                f'{name} is not in {where} and could not be downloaded there ({error}); '
+                '--dataset digits needs no download') from None
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets).long()
+    if images.dim() == 3:
+        return images.unsqueeze(1), labels, [str(k) for k in range(10)]
+    return images.permute(0, 3, 1, 2).contiguous(), labels, data.classes
+
+
+def load_digits(data_dir, train):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 made 28 x 28; every fifth is a test image."""
+    from sklearn.datasets import load_digits
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    images = F.interpolate(images, size=28, mode='bilinear', align_corners=False)
+    chosen = (torch.arange(len(images)) % 5 != 0) == train
+    labels = torch.tensor(labels, dtype=torch.int64)[chosen]
+    return (images * 255).round().to(torch.uint8)[chosen], labels, [str(k) for k in range(10)]
+
+
+# Protocols: the paper's; for digits one with which all eight methods learn
+CIFAR = dict(arch='preactresnet18', epochs=110, lr=0.1, lr_milestones=[100, 105], weight_decay=5e-4,
+             batch_size=128, epsilon=8 / 255, step_size=2 / 255, num_steps=10)
+MNIST = dict(arch='smallcnn', epochs=100, lr=0.01, lr_milestones=[20, 40], weight_decay=1e-4,
+             batch_size=128, epsilon=0.3, step_size=0.01, num_steps=40)
+DIGITS = dict(arch='smallcnn', epochs=20, lr=0.02, lr_milestones=[15, 18], weight_decay=1e-4,
+              batch_size=32, epsilon=0.1, step_size=0.025, num_steps=7)
+DATASETS = {'cifar10': Dataset(partial(load_torchvision, 'CIFAR10'), 10, 3, 32, True, CIFAR),
+            'cifar100': Dataset(partial(load_torchvision, 'CIFAR100'), 100, 3, 32, True, CIFAR),
+            'mnist': Dataset(partial(load_torchvision, 'MNIST'), 10, 1, 28, False, MNIST),
+            'digits': Dataset(load_digits, 10, 1, 28, False, DIGITS)}
+
+
+def load_data(dataset, data_dir='./data', train=True, size=None, device='cpu'):
+    """The first `size` (default: all) of a split: uint8 images (N, C, H, W), int64 labels (N,).
+
+    cifar10, cifar100 and mnist are looked for in data_dir, and else downloaded to it; digits is
+    scikit-learn's. Raises FileNotFoundError where neither works, ValueError where size is above N.
+    """
+    images, labels, _ = DATASETS[dataset].load(data_dir, train)
+    if size is not None and size > len(images):
+        split = 'training' if train else 'test'
+        raise ValueError(f'{dataset} has {len(images)} {split} images, fewer than {size}')
+    return images[:size].to(device), labels[:size].to(device)
+
+
+def class_names(dataset, data_dir='./data'):
+    """The names of a data set's classes in the order of its labels."""
+    return DATASETS[dataset].load(data_dir, False)[2]
+
+
+def to_float(images):
+    """uint8 images -> float32 in [0, 1], channels last in memory, as convolutions like it."""
+    x = images.float() / 255
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------- a run's images
+
+def add_data_args(parser):
+    """The flags that TrainingData takes."""
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', choices=DATASETS, default='cifar10')
+    add('--data-dir', default='./data', help='where it is, or is downloaded to')
+    add('--train-size', type=whole(1), help='the first N training images only')
+    add('--test-size', type=whole(1), help='the first N test images only')
+    add('--val-size', type=whole(0), default=0, help='hold out the last N training images, '
+        'class-balanced, and select best.pt on them; 0: on the test images, optimistic')
+    add('--extra-data', metavar='FILE.npz', help='more images: `image` uint8 (N, H, W, C), `label`')
+    add('--extra-fraction', type=real('(0, 1]'), default=0.7, help='of every batch')
+    add('--steps-per-epoch', type=whole(1), help='(default: what the original images make)')
+
+
+class TrainingData:
+    """The images of a run, on the device, and how an epoch is drawn from them.
+
+    args: those of the training scripts. The original training images, less the last --val-size,
+    class-balanced; held_out: these or, without, the test images, (images, labels). From
+    --extra-data come more, which make up --extra-fraction of each batch. An epoch is every
+    original image once; with --extra-data or --steps-per-epoch it is that many full batches
+    (by default what the originals alone make), each set drawn evenly.
+    Raises FileNotFoundError and ValueError with one line.
+    """
+
+    def __init__(self, args, device):
+        spec, size = DATASETS[args.dataset], args.batch_size
+        source = args.dataset, args.data_dir
+        images, labels = load_data(*source, True, args.train_size, device)
+        if args.val_size:
+            held = class_balanced_tail(labels, args.val_size, spec.num_classes)
+            self.held_out = images[held], labels[held]
+            images, labels = images[~held], labels[~held]
+        else:
+            self.held_out = load_data(*source, False, args.test_size, device)
+        self.images, self.labels, self.device = images, labels, device
+        self.num_classes, self.in_channels = spec.num_classes, spec.in_channels
+        self.augmented = spec.augmented
+        self.steps = args.steps_per_epoch or math.ceil(len(labels) / size)
+        self.full = bool(args.extra_data or args.steps_per_epoch)  # no smaller batch at the end
+        self.images_per_epoch = self.steps * size if self.full else len(labels)
+        self.extra, self.sizes = None, (size, 0)
+        if args.extra_data:
+            self.extra = load_extra(args.extra_data, args.dataset, device)
+            extra = round(args.extra_fraction * size)
+            self.sizes = (size - extra, extra)
+            if min(self.sizes) == 0:
+                raise ValueError(f'--extra-fraction {args.extra_fraction} of a batch of {size} '
+                                 'leaves one kind of image out')
+
+    def draw_epoch(self):
+        """An epoch's batches, from torch's generator: (indices, extra indices) for take()."""
+        def draw(n, size):
+            count = self.steps * size if self.full else n
+            rounds = range(math.ceil(count / n))
+            order = torch.cat([torch.randperm(n, device=self.device) for _ in rounds])
+            return order[:count].split(size)
+        own = draw(len(self.labels), self.sizes[0])
+        if self.extra is None:
+            return [(index, None) for index in own]
+        return list(zip(own, draw(len(self.extra[1]), self.sizes[1])))
+
+    def take(self, batch):
+        """Images (B, C, H, W) in [0, 1], augmented, and labels (B,); the extra ones last."""
+        index, extra_index = batch
+        x, y = self.images[index], self.labels[index]
+        if extra_index is not None:
+            images, labels = self.extra
+            more = images[extra_index.to(images.device)].to(self.device)
+            x, y = torch.cat([x, more]), torch.cat([y, labels[extra_index]])
+        return to_float(augment(x) if self.augmented else x), y
+
+
+def augment(images):
+    """Random crop of images (B, C, H, W) padded by 4, and random flip, each image its own."""
+    batch, size, device = len(images), images.shape[-1], images.device
+    offset = torch.randint(9, (2, batch, 1), device=device)
+    rows, columns = torch.arange(size, device=device) + offset
+    flip = torch.rand(batch, 1, device=device) < 0.5
+    columns = torch.where(flip, columns.flip(1), columns)
+    images = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    return images[torch.arange(batch, device=device)[:, None, None], rows[:, :, None],
+                  columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def class_balanced_tail(labels, size, num_classes):
+    """A mask (N,) of the last size / num_classes examples of each class; ValueError if unequal."""
+    each, rest = divmod(size, num_classes)
+    held = torch.zeros_like(labels, dtype=torch.bool)
+    for k in range(num_classes):
+        of_class = (labels == k).nonzero().squeeze(1)
+        if rest or len(of_class) <= each:
+            raise ValueError(f'{size} validation images: not a multiple of the {num_classes} '
+                             'classes, or all that there are of one')
+        held[of_class[-each:]] = True
+    return held
+
+
+def load_extra(path, dataset, device):
+    """`image` uint8 (N, H, W, C) and `label` (N,) of an .npz: images (N, C, H, W), int64 labels.
+
+    The labels are on the device, and so are the images where they take at most half of its free
+    memory, else in the computer's: a million 32 x 32 images are 3 GB. Pickles are never read.
+    Raises FileNotFoundError, or ValueError with one line that names the file.
+    """
+    spec = DATASETS[dataset]
+    shape = (spec.size, spec.size, spec.in_channels)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file['image'], file['label']
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file') from None
+    except (KeyError, ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f'{path}: not an .npz with image and label ({error})') from None
+    if images.dtype != np.uint8 or images.shape[1:] != shape or labels.shape != (len(images),):
+        raise ValueError(f'{path}: image is {images.dtype} {images.shape}, label {labels.shape}; '
+                         f'wanted uint8 (N, {", ".join(map(str, shape))}) and (N,)')
+    whole_numbers = labels.dtype.kind in 'iu' and len(labels) > 0
+    if not whole_numbers or labels.min() < 0 or labels.max() >= spec.num_classes:
+        raise ValueError(f'{path}: labels are not whole numbers from 0 to {spec.num_classes - 1}')
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if device.type == 'cuda' and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
+        images = images.to(device)
+    return images, torch.tensor(labels.astype(np.int64), device=device)
+
+
+# ---------------------------------------------------------------- protocols
+
+def protocol_help():
+    """What "by data set" in the help of a flag stands for."""
+    lines = [f'  {name}: ' + ', '.join(f'{k} {v}' for k, v in spec.protocol.items())
+             for name, spec in DATASETS.items()]
+    return ('"By data set" is the protocol of the paper (digits: ours):\n' + '\n'.join(lines)
+            + '\nWith other --epochs, the milestones by data set keep their share of the run.')
+
+
+def fill_protocol(args):
+    """Give arguments that are None the value of their data set; ValueError if they do not fit."""
+    if args.lr_milestones and args.lr_milestones != sorted(set(args.lr_milestones)):
+        raise ValueError(f'--lr-milestones {args.lr_milestones} do not rise')
+    protocol = dict(DATASETS[args.dataset].protocol)
+    share = (args.epochs or protocol['epochs']) / protocol['epochs']
+    protocol['lr_milestones'] = [math.ceil(m * share) for m in protocol['lr_milestones']]
+    for name, value in protocol.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, value in list(vars(args).items()):
+        if callable(value):  # a default that depends on other arguments
+            setattr(args, name, value(args))
+    check_fit(args.dataset, args.arch)
+
+
+def check_fit(dataset, arch):
+    """ValueError where images of the data set do not go into the network."""
+    if arch == 'smallcnn' and DATASETS[dataset].size != 28:
+        raise ValueError(f"smallcnn takes 28 x 28 images, and those of {dataset} are 32 x 32")
+
+
+# ---------------------------------------------------------------- command lines
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default where there is one and the help does not speak of it."""
+
+    def _get_help_string(self, action):
+        told, value = action.help or '', action.default
+        if value in (None, False, argparse.SUPPRESS) or 'default' in told:
+            return told
+        shown = ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        return f'{told} (default: {shown})'.replace('%', '%%').lstrip()
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a user's mistake is one line on stderr (and exit status 2, as ever)."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {" ".join(str(message).split())}\n')
+
+
+def real(interval, hint=''):
+    """The type of a flag that is a number, as in '0.031', '8/255' or 'inf'.
+
+    interval: what it may be, as in '(0, 1]'; hint: for the message where it is not.
+    """
+    low, high = map(float, interval[1:-1].split(','))
+
+    def convert(text):
+        numerator, slash, denominator = text.partition('/')
+        try:
+            value = float(numerator) / (float(denominator) if slash else 1)
+        except (ValueError, ZeroDivisionError):
+            value = math.nan
+        inside = low < value < high or (value == low and interval[0] == '['
+                                        or value == high and interval[-1] == ']')
+        if not inside:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number in {interval}{hint}")
+        return value
+    return convert
+
+
+def pixels():
+    """The type of a flag that is a length in pixels scaled to [0, 1]."""
+    return real('(0, 1]', '; pixels are in [0, 1]: write 8/255')
+
+
+def whole(minimum):
+    """The type of a flag that is a whole number."""
+    def convert(text):
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum}")
+        return int(text)
+    return convert
+
+
+class Stop(Exception):
+    """The end of a command that is not success: what to say on stderr, and the exit status."""
+
+    def __init__(self, line, status):
+        super().__init__(line)
+        self.line, self.status = line, status
+
+
+@contextlib.contextmanager
+def mistakes():
+    """Around what can fail by the user's mistake alone: one line, exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise Stop(f'error: {" ".join(str(error).split())}', 2) from error
+
+
+@contextlib.contextmanager
+def command():
+    """Around a script's main: each end that is not success is one line on stderr and a status."""
+    try:
+        yield
+        return
+    except Stop as stop:
+        line, status = stop.line, stop.status
+    except torch.OutOfMemoryError:
+        line, status = 'out of GPU memory: a smaller --batch-size needs less', 1
+    if line:
+        print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr)
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------- devices and seeds
+
+def pick_device(no_cuda=False):
+    """The CUDA device, or the CPU; it says so where CUDA_VISIBLE_DEVICES leaves no device."""
+    if not no_cuda and torch.cuda.is_available():
+        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    if not no_cuda and os.environ.get('CUDA_VISIBLE_DEVICES') is not None:
+        print("no CUDA device with CUDA_VISIBLE_DEVICES="
+              f"'{os.environ['CUDA_VISIBLE_DEVICES']}': running on the CPU", file=sys.stderr)
+    return torch.device('cpu')
+
+
+def versions(device):
+    """What a number was measured with: device and software."""
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu = platform.processor() or platform.machine()
+        name = f'{cpu} CPU, {torch.get_num_threads()} threads'
+    return {'device': name, 'python': platform.python_version(), 'torch': str(torch.__version__),
+            'numpy': np.__version__}
+
+
+def seed_everything(*numbers):
+    """Seed torch's generators with a hash of whole numbers, e.g. (seed, epoch, step).
+
+    Such draws need no saved random state to go on from, and are the same in any process.
+    """
+    numbers = len(numbers), *numbers  # SeedSequence takes (1,) and (1, 0) for the same
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
