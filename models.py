@@ -206,11 +206,18 @@ class SmallCNN(Network):
         return self.classifier.fc3(features)
 
 
-def build_model(arch, num_classes=10, in_channels=None, final_bn=True):
+def build_model(arch, num_classes=10, in_channels=None, final_bn=True, init_from=None):
     """A new Network. arch: one of ARCHS, or wideresnet<depth>-<width> in general.
 
-    in_channels: 1 or 3; default 1 for smallcnn, else 3. Raises ValueError for an unknown arch.
+    in_channels: 1 or 3; default 1 for smallcnn, else 3. init_from: a file for load_model, whose
+    weights it starts from. Raises ValueError for an unknown arch, and what load_model raises.
     """
+    if init_from:
+        model = load_model(init_from, arch, num_classes)
+        if model.in_channels != in_channels:
+            raise ValueError(f'{init_from}: takes {model.in_channels}-channel images, '
+                             f'not {in_channels}')
+        return model.train()
     in_channels = in_channels or (1 if arch == 'smallcnn' else 3)
     wide = re.fullmatch(r'wideresnet(\d+)-(\d+)', arch)
     if arch == 'preactresnet18':

@@ -125,6 +125,7 @@ def parse_args(argv=None):
     data.add_data_args(parser)
     add = parser.add_argument_group('optimisation').add_argument
     add('--arch', help=f'{", ".join(models.ARCHS)}; by data set')
+    add('--init-from', metavar='FILE', help='start from these weights, any that evaluate.py loads')
     add('--batch-size', type=data.whole(1), help='of all processes together; by data set')
     add('--epochs', type=data.whole(1), help='by data set')
     add('--lr', type=data.real('(0, inf)'), help='learning rate; by data set')
@@ -163,7 +164,8 @@ def train(args):
         run = bookkeeping.Run(args, ALGORITHM)
         images = data.TrainingData(args, run.device)
         data.seed_everything(args.seed)
-        model = models.build_model(args.arch, images.num_classes, images.in_channels)
+        model = models.build_model(args.arch, images.num_classes, images.in_channels,
+                                   init_from=None if args.resume else args.init_from)
         model = bookkeeping.same_everywhere(
             model.to(run.device, memory_format=torch.channels_last))
         optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum,
