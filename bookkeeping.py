@@ -5,11 +5,13 @@ Nothing here knows an algorithm, and no number of a run depends on it: random dr
 """
 import atexit
 import contextlib
+import copy
 import csv
-import fcntl
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -23,7 +25,7 @@ import models
 
 # What a resumed run may be given anew: it leaves the result alone (and --epochs may only grow).
 RESUMABLE = ('resume', 'model_dir', 'data_dir', 'epochs', 'log_interval', 'save_freq',
-             'save_every_minutes', 'no_cuda')
+             'save_every_minutes', 'allow_chance')
 
 
 # ---------------------------------------------------------------- arguments
@@ -31,15 +33,19 @@ RESUMABLE = ('resume', 'model_dir', 'data_dir', 'epochs', 'log_interval', 'save_
 def add_run_args(parser):
     """The flags that a Run takes."""
     add = parser.add_argument_group('run').add_argument
-    add('--seed', type=data.whole(0), default=1)
-    add('--model-dir', help='holds no run yet (default: runs/DATASET-[ew-]ALGORITHM-seedSEED)')
-    add('--resume', metavar='MODEL_DIR',
-        help=f'go on with that run; given anew may be its {", ".join(RESUMABLE[2:])}')
-    add('--save-every-minutes', type=data.real('(0, inf]'), default=15.0, help='inside an epoch')
+    add('--seed', type=data.whole(0, 2 ** 32 - 1), default=1, help='of all random numbers, from 0')
+    add('--model-dir', metavar='DIR', help='holds no run yet (default: '
+        'runs/DATASET-[ew-]ALGORITHM-FLAGS-seedSEED, with the flags that make it another run)')
+    add('--resume', metavar='DIR', help='go on with that run, on the kind of device it began on; '
+        f'given anew may be its {", ".join(RESUMABLE[2:])}')
+    add('--save-every-minutes', type=data.real('(0, inf]'), default=15.0,
+        help='inside an epoch; inf: never')
     add('--save-freq', type=data.whole(0), default=0,
         help='keep epoch-E.pt every N epochs; 0: last.pt and best.pt alone')
     add('--log-interval', type=data.whole(1), default=100, help='steps between two reports')
-    add('--test-batch-size', type=data.whole(1), default=512)
+    add('--test-batch-size', type=data.whole(1), default=512, help='images at once, from 1')
+    add('--allow-chance', action='store_true',
+        help='do not stop a run that stays at chance for five epochs')
     add('--no-cuda', action='store_true', help='train on the CPU')
 
 
@@ -50,20 +56,66 @@ def complete_args(parser, argv, algorithm):
     """
     args = parser.parse_args(argv)
     if args.resume:
-        saved = read_run(args.resume, algorithm)['args'] | {'model_dir': args.resume}
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        for name, value in saved.items():
-            given = getattr(args, name)
-            if given != value and (name not in RESUMABLE or name == 'epochs' and given < value):
-                flag = '--' + name.replace('_', '-')
-                raise ValueError(f'{flag} {given} is not that of the run, {value}')
-        return args
+        return resumed_args(parser, argv, args.resume, algorithm)
+    chosen = {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
     data.fill_protocol(args)
+    parser.refuse_idle(argv, {
+        '--tau': (args.entropy_weight, 'without --entropy-weight'),
+        '--awp-gamma': (args.awp_warmup < args.epochs,
+                        f'in {args.epochs} epochs with --awp-warmup {args.awp_warmup}'),
+        '--awp-warmup': (args.awp_gamma, 'without --awp-gamma'),
+        '--extra-fraction': (args.extra_data, 'without --extra-data'),
+        '--test-size': (not args.val_size, 'with --val-size'),
+        '--lr-milestones': (args.lr_schedule == 'multistep',
+                            f'with --lr-schedule {args.lr_schedule}')})
     if args.model_dir is None:
-        name = ('ew-' if args.entropy_weight else '') + algorithm
-        args.model_dir = os.path.join('runs', f'{args.dataset}-{name}-seed{args.seed}')
+        args.model_dir = os.path.join('runs', run_name(args, chosen, algorithm))
     return args
+
+
+def resumed_args(parser, argv, directory, algorithm):
+    """The arguments of the run in a directory (or of its last.pt), with those anew that may be."""
+    if os.path.basename(directory) == 'last.pt':
+        directory = os.path.dirname(directory) or '.'
+    run = read_run(directory, algorithm)
+    saved = run['args'] | {'resume': directory, 'model_dir': directory}
+    if run.get('device') == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'{directory}: began on a CUDA device, whose random numbers no CPU draws, '
+                         'and there is none here')
+    if run.get('device') == 'cpu':
+        saved['no_cuda'] = True
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    args.resume = directory
+    for name, value in saved.items():
+        given = getattr(args, name)
+        if given != value and (name not in RESUMABLE or name == 'epochs' and given < value):
+            flag = '--' + name.replace('_', '-')
+            raise ValueError(f'{flag} {given} is not that of the run, {value}')
+    return args
+
+
+def run_name(args, chosen, algorithm):
+    """DATASET-[ew-]ALGORITHM, what was chosen that makes it another run, and the seed.
+
+    chosen: {name: value} of the arguments that are not at their default.
+    """
+    told = {'dataset', 'entropy_weight', 'seed', 'no_cuda', *RESUMABLE} - {'epochs'}
+    protocol = data.default_protocol(args.dataset, args.epochs)
+    parts = [args.dataset, ('ew-' if args.entropy_weight else '') + algorithm]
+    for name, value in chosen.items():
+        flag = name.replace('_', '-')
+        if name in told or value == protocol.get(name):
+            continue
+        if isinstance(value, bool):
+            parts.append(flag if value else f'no-{flag}')
+        elif isinstance(value, str):
+            value = re.sub(r'[^\w.]+', '-', os.path.splitext(value)[0]).strip('-')
+            parts.append(value if name == 'arch' else f'{flag}-{value}')
+        else:
+            numbers = value if isinstance(value, list) else [value]
+            parts.append(flag + '-'.join(f'{v:g}' for v in numbers))
+    return '-'.join([*parts, f'seed{args.seed}'])
 
 
 # ---------------------------------------------------------------- a run
@@ -89,6 +141,7 @@ class Run:
         self.epoch, self.step, self.seconds, self.log = 0, 0, 0.0, []
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # loss of the epoch
         self.failure = None  # of the last attempt to save
+        self.unsaved = {}  # {name: content} that could not be written yet
         self.signal = 0  # that asks for the end
 
     def begin(self, images_per_epoch, model, optimizer, ema):
@@ -112,21 +165,46 @@ class Run:
             self.total.fill_(saved['total'])
         self.began, self.saved_at = time.time() - self.seconds, time.time()
         self.about = {'algorithm': self.algorithm, 'dataset': args.dataset, 'arch': args.arch,
-                      'args': vars(args), 'versions': data.versions(self.device)}
-        if self.rank == 0:
-            with open(os.path.join(args.model_dir, 'config.json'), 'w') as f:
-                json.dump(self.about | {'command': sys.argv, 'processes': self.world}, f, indent=1)
+                      'args': vars(args), 'device': self.device.type,
+                      'versions': data.versions(self.device)}
+        self.write_config()
         weighted = ' with entropy weights' if args.entropy_weight else ''
         self.say(f'{self.algorithm}{weighted}: {args.arch}, {args.epochs} epochs of '
                  f'{images_per_epoch:,} images of {args.dataset}, {self.world} process(es) on '
-                 f'{self.about["versions"]["device"]}; kept in {args.model_dir}; best.pt is selected '
-                 f'on the {"validation images" if args.val_size else "test images (optimistic)"}')
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
+                 f'{self.about["versions"]["device"]}; kept in {args.model_dir}; best.pt is '
+                 'selected on the '
+                 + ('validation images' if args.val_size else 'test images (optimistic)'))
+        if args.amp and not models.has_bfloat16(self.device):
+            data.say('--amp: this CPU has no bfloat16 units, float32 is many times as fast: '
+                     'leave --amp out', sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                signal.signal(number, self.catch)
+
+    def write_config(self):
+        """config.json: the settings, the command that began the run, and those that went on."""
+        if self.rank > 0:
+            return
+        path, began = os.path.join(self.args.model_dir, 'config.json'), {}
+        if self.args.resume:
+            with contextlib.suppress(OSError, ValueError), open(path) as f:
+                began = json.load(f)
+        config = self.about | {'processes': self.world,
+                               'command': began.get('command', sys.argv),
+                               'resumed': began.get('resumed', [])}
+        if self.args.resume:
+            config['resumed'].append(sys.argv)
+        # JSON has no infinity: as a text, 'Infinity'
+        config = json.loads(json.dumps(config), parse_constant=str)
+        try:
+            with models.replacing(path, 'w') as f:
+                json.dump(config, f, indent=1)
+        except OSError as error:
+            data.say(f'{path} could not be written ({error.strerror}); going on', sys.stderr)
 
     def say(self, text):
         if self.rank == 0:
-            print(text, flush=True)
+            data.say(text)
 
     def steps(self, num_steps):
         """The steps of an epoch that are still to be done, from 0; after_step counts them."""
@@ -190,9 +268,9 @@ class Run:
         self.loss = self.total.item() / self.images_done()
         if not math.isfinite(self.loss) or not all_finite(self.model):
             first = min(self.first + int(self.finite) + 1, self.num_steps)
-            self.stop(3, f'the loss or a weight is not finite, epoch {self.epoch + 1}, step {first}, '
-                      f'learning rate {self.optimizer.param_groups[0]["lr"]:g}; the last checkpoint '
-                      'is untouched. Try a lower --lr, or --no-amp')
+            self.stop(3, f'the loss or a weight is not finite, epoch {self.epoch + 1}, step '
+                      f'{first}, learning rate {self.optimizer.param_groups[0]["lr"]:g}; the last '
+                      'checkpoint is untouched. Try a lower --lr, or --no-amp')
 
     def after_epoch(self, measured):
         """Log an epoch, with what evaluate_epoch measured; save and report; end where asked."""
@@ -202,16 +280,18 @@ class Run:
         self.log.append(row)
         self.epoch, self.step = self.epoch + 1, 0
         self.total.zero_()
-        names = ['last']
+        names = []
         if best_row(self.log) is row:
             names.append('best')
         if self.args.save_freq and self.epoch % self.args.save_freq == 0:
             names.append(f'epoch-{self.epoch}')
-        self.save(*names)
+        self.save(*names, 'last')
         self.say(describe(row, self.args.epochs))
-        if is_stuck(self.log, self.model.num_classes):
-            self.stop(3, 'no better than chance for five epochs; best.pt is from epoch '
-                      f'{best_row(self.log)["epoch"]}. Try a lower --lr or --awp-gamma')
+        careful = not self.args.allow_chance and not self.args.resume
+        if careful and is_stuck(self.log, self.model.num_classes):
+            self.stop(3, 'no better than chance for five epochs, and the loss does not fall; '
+                      f'best.pt is from epoch {best_row(self.log)["epoch"]}. Try a lower --lr or '
+                      f'--awp-gamma; to go on all the same: {self.resume_command()}')
         if self.epoch < self.args.epochs:
             self.end_if_asked()
 
@@ -219,15 +299,18 @@ class Run:
         over_processes(0)  # none leaves while another still needs it
         if self.failure:
             self.stop(1, self.failure)
-        best = best_row(self.log)
-        self.say(f'best epoch {best["epoch"]}: clean {best["clean"]:.2%}, pgd10 {best["pgd10"]:.2%}.'
-                 f' Next: python evaluate.py --model-path '
-                 f'{os.path.join(self.args.model_dir, "best.pt")}')
+        best = accuracies(best_row(self.log))
+        script = os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py')
+        path = os.path.join(self.args.model_dir, 'best.pt')
+        self.say(f'best epoch {best_row(self.log)["epoch"]}: {best}. Next: '
+                 + shlex.join(['python', script, '--model-path', path]))
 
     def save(self, *names):
-        """Write <name>.pt for each name, and log.csv.
+        """Write <name>.pt for each name, 'last' at the end, and log.csv.
 
-        A failure is said on stderr and no more: the run goes on, and the next save may work.
+        What could not be written is kept and tried again first at the next save, and last.pt never
+        gets ahead of it: a run that goes on from last.pt makes again what is missing. A failure is
+        said on stderr and no more: the run goes on.
         """
         self.saved_at = time.time()
         if self.rank > 0:
@@ -238,17 +321,27 @@ class Run:
             'seconds': time.time() - self.began, 'log': self.log,
             'state_dict': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'ema_state_dict': self.ema and self.ema.state_dict()}
+        self.unsaved |= dict.fromkeys(names, content)
         try:
-            for name in names:
-                models.save_checkpoint(content, os.path.join(directory, f'{name}.pt'))
-            with open(os.path.join(directory, 'log.csv'), 'w', newline='') as f:
+            for name in list(self.unsaved):
+                models.save_checkpoint(self.unsaved[name], os.path.join(directory, f'{name}.pt'))
+                del self.unsaved[name]
+            with models.replacing(os.path.join(directory, 'log.csv'), 'w', newline='') as f:
                 writer = csv.DictWriter(f, self.log[0] if self.log else [])
                 writer.writeheader()
                 writer.writerows(self.log)
             self.failure = None
         except (OSError, RuntimeError) as error:
+            self.unsaved.pop('last', None)
+            self.unsaved = copy.deepcopy(self.unsaved)  # the weights in it go on moving
             self.failure = f'could not save in {directory}: {error}'
-            print(f'{self.failure}; going on, the next save tries again', file=sys.stderr)
+            data.say(f'{self.failure}; going on, the next save tries again', sys.stderr)
+
+    def resume_command(self):
+        launcher = ['python']
+        if self.world > 1:
+            launcher = ['torchrun', f'--nproc-per-node={self.world}']
+        return shlex.join([*launcher, sys.argv[0], '--resume', self.args.model_dir])
 
     def stop(self, status, why):
         raise data.Stop(why if self.rank == 0 else None, status)
@@ -264,8 +357,7 @@ class Run:
         if number:
             self.save('last')
             over_processes(0)
-            self.stop(128 + number, f'stopped; to go on: python {os.path.basename(sys.argv[0])} '
-                      f'--resume {self.args.model_dir}')
+            self.stop(128 + number, f'stopped; to go on: {self.resume_command()}')
 
 
 # ---------------------------------------------------------------- directories and logs
@@ -293,7 +385,7 @@ def claim_directory(path, new):
     with contextlib.ExitStack() as failed:
         lock = failed.enter_context(open(os.path.join(path, '.lock'), 'w'))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            data.lock(lock, wait=False)
         except BlockingIOError:
             raise ValueError(f'{path}: another process is training there') from None
         if new and any(name.endswith('.pt') for name in os.listdir(path)):
@@ -309,17 +401,27 @@ def best_row(log):
 
 
 def is_stuck(log, num_classes, patience=5):
-    """Whether the last epochs were all at chance: a run that collapsed or never began to learn."""
-    return len(log) >= patience and all(row['clean'] < 1.5 / num_classes for row in log[-patience:])
+    """Whether the last epochs were all at chance and the loss did not fall: a run that collapsed
+    or never began to learn."""
+    recent = log[-patience:]
+    at_chance = all(row['clean'] < 1.5 / num_classes for row in recent)
+    return len(log) >= patience and at_chance and recent[-1]['loss'] > 0.99 * recent[0]['loss']
+
+
+def accuracies(row):
+    """Of a row of log.csv, what best.pt is selected on: those of the average where there is one."""
+    prefix, note = ('ema_', ' (average)') if 'ema_pgd10' in row else ('', '')
+    return f'clean {row[f"{prefix}clean"]:.2%}, pgd10 {row[f"{prefix}pgd10"]:.2%}{note}'
 
 
 def describe(row, epochs):
     """A row of log.csv as the line that a person reads, with the time that is left."""
     left = row['seconds'] / row['epoch'] * (epochs - row['epoch'])
+    prefix = 'ema_' if 'ema_pgd10' in row else ''
+    entropy, high = row[f'{prefix}entropy'], row[f'{prefix}high_entropy']
     return (f'epoch {row["epoch"]}/{epochs}  lr {row["lr"]:g}  loss {row["loss"]:.3f}  '
-            f'clean {row["clean"]:.2%}  pgd10 {row["pgd10"]:.2%}  entropy {row["entropy"]:.2f}, '
-            f'{row["high_entropy"]:.1%} above 1.5  {row["images_per_s"]:,.0f} images/s  '
-            f'{int(left // 60)}:{int(left % 60):02} min left')
+            f'{accuracies(row)}  entropy {entropy:.2f}, {high:.1%} above 1.5  '
+            f'{row["images_per_s"]:,.0f} images/s  {int(left // 60)}:{int(left % 60):02} min left')
 
 
 def all_finite(model):
@@ -337,7 +439,7 @@ def synchronize(device):
 
 def init_processes(device):
     """(rank, number of processes): (0, 1), or what torchrun says; then torch.distributed runs."""
-    world = int(os.environ.get('WORLD_SIZE', 1))
+    rank, world = data.launched()
     if world > 1 and not torch.distributed.is_initialized():
         if device.type == 'cuda':
             torch.cuda.set_device(device)
@@ -345,7 +447,7 @@ def init_processes(device):
         gpus = device.type == 'cuda'
         torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
         atexit.register(torch.distributed.destroy_process_group)
-    return int(os.environ.get('RANK', 0)), world
+    return rank, world
 
 
 def same_everywhere(model):

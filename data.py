@@ -1,5 +1,5 @@
-"""Data sets and what each is trained with, how an epoch is drawn, and what each command needs: types
-of flags, errors of one line, seeds, the device.
+"""Data sets and what each is trained with, how an epoch is drawn, and what each command needs:
+types of flags, errors of one line, seeds, the device.
 
 A data set is one entry of DATASETS: how to load it, its shape, and the protocol of its training.
 """
@@ -39,13 +39,15 @@ def load_torchvision(name, data_dir, train):
     """
     from torchvision import datasets
     kind = getattr(datasets, name)
+    if name == 'MNIST':
+        check_mnist(os.path.join(data_dir, 'MNIST', 'raw'), 'train' if train else 't10k')
     try:
         data = kind(data_dir, train=train)
     except RuntimeError:  # torchvision's "not found or corrupted"
         try:
             os.makedirs(data_dir, exist_ok=True)
-            with open(os.path.join(data_dir, '.lock'), 'w') as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one downloads, the others then find it there
+            with open(os.path.join(data_dir, '.lock'), 'w') as file:
+                lock(file)  # one downloads, the others then find it there
                 data = kind(data_dir, train=train, download=True)
         except (OSError, RuntimeError) as error:
             where = os.path.join(data_dir, 'MNIST/raw' if name == 'MNIST' else kind.base_folder)
@@ -56,6 +58,21 @@ def load_torchvision(name, data_dir, train):
     if images.dim() == 3:
         return images.unsqueeze(1), labels, [str(k) for k in range(10)]
     return images.permute(0, 3, 1, 2).contiguous(), labels, data.classes
+
+
+def check_mnist(folder, split):
+    """ValueError where a file is there, and damaged: torchvision sees only that it is there."""
+    from torchvision.datasets import mnist
+    counts = []
+    for kind in ('images-idx3', 'labels-idx1'):
+        path = os.path.join(folder, f'{split}-{kind}-ubyte')
+        if os.path.exists(path):
+            try:
+                counts.append(len(mnist.read_sn3_pascalvincent_tensor(path)))
+            except Exception:  # a parser of arbitrary bytes raises whatever it stumbles on
+                counts += [0, 1]
+            if len(set(counts)) > 1:
+                raise ValueError(f'{path}: damaged; remove it, to have it downloaded again')
 
 
 def load_digits(data_dir, train):
@@ -101,7 +118,12 @@ def class_names(dataset, data_dir='./data'):
 
 
 def to_float(images):
-    """uint8 images -> float32 in [0, 1], channels last in memory, as convolutions like it."""
+    """uint8 images -> float32 in [0, 1], channels last in memory, as convolutions like it.
+
+    Raises ValueError for others: whether they are to be divided by 255 does not show.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f'images are {images.dtype}, wanted torch.uint8, from 0 to 255')
     x = images.float() / 255
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -244,14 +266,19 @@ def protocol_help():
             + '\nWith other --epochs, the milestones by data set keep their share of the run.')
 
 
+def default_protocol(dataset, epochs=None):
+    """A data set's protocol; the milestones keep their share of the run with other epochs."""
+    protocol = dict(DATASETS[dataset].protocol)
+    share = (epochs or protocol['epochs']) / protocol['epochs']
+    protocol['lr_milestones'] = sorted({math.ceil(m * share) for m in protocol['lr_milestones']})
+    return protocol
+
+
 def fill_protocol(args):
     """Give arguments that are None the value of their data set; ValueError if they do not fit."""
     if args.lr_milestones and args.lr_milestones != sorted(set(args.lr_milestones)):
         raise ValueError(f'--lr-milestones {args.lr_milestones} do not rise')
-    protocol = dict(DATASETS[args.dataset].protocol)
-    share = (args.epochs or protocol['epochs']) / protocol['epochs']
-    protocol['lr_milestones'] = [math.ceil(m * share) for m in protocol['lr_milestones']]
-    for name, value in protocol.items():
+    for name, value in default_protocol(args.dataset, args.epochs).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, value in list(vars(args).items()):
@@ -288,6 +315,16 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {" ".join(str(message).split())}\n')
 
+    def refuse_idle(self, argv, rules):
+        """End with a line where argv gives a flag that has no effect.
+
+        rules: {flag: (whether it has an effect, when it has none)}.
+        """
+        given = {word.partition('=')[0] for word in (sys.argv[1:] if argv is None else argv)}
+        for flag, (effective, when) in rules.items():
+            if flag in given and not effective:
+                self.error(f'{flag} has no effect {when}')
+
 
 def real(interval, hint=''):
     """The type of a flag that is a number, as in '0.031', '8/255' or 'inf'.
@@ -315,11 +352,13 @@ def pixels():
     return real('(0, 1]', '; pixels are in [0, 1]: write 8/255')
 
 
-def whole(minimum):
+def whole(minimum, maximum=2 ** 63 - 1):
     """The type of a flag that is a whole number."""
     def convert(text):
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {minimum}")
+        if not text.isdecimal() or len(text) > 20 or not minimum <= int(text) <= maximum:
+            limit = f' to {maximum}' if maximum < 2 ** 63 - 1 else ''
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not a whole number from {minimum}{limit}")
         return int(text)
     return convert
 
@@ -351,20 +390,84 @@ def command():
         line, status = stop.line, stop.status
     except torch.OutOfMemoryError:
         line, status = 'out of GPU memory: a smaller --batch-size needs less', 1
+    except KeyboardInterrupt:
+        line, status = 'interrupted', 130
     if line:
-        print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr)
+        say(f'{os.path.basename(sys.argv[0])}: {line}', sys.stderr)
     sys.exit(status)
+
+
+def say(text, stream=None):
+    """Print a text, with ? for what the stream cannot show.
+
+    Where it cannot be written (full disk, nobody reads), nothing is said from then on.
+    """
+    stream = stream or sys.stdout
+    encoding = stream.encoding or 'utf-8'
+    try:
+        print(text.encode(encoding, 'replace').decode(encoding), file=stream, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def lock(file, wait=True):
+    """Lock an open file until it is closed; BlockingIOError if it is locked and wait is False.
+
+    Where the file system has no locks, that is said once and no more.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if not lock.said:
+            say(f'{file.name}: no locks there ({error.strerror}); see to it that no second process '
+                'writes to the same place', sys.stderr)
+        lock.said = True
+
+
+lock.said = False
 
 
 # ---------------------------------------------------------------- devices and seeds
 
+def launched():
+    """(rank, number of processes) as torchrun or another launcher says; (0, 1) without one.
+
+    Raises ValueError where a variable is not a number.
+    """
+    variables = 'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
+    missing = [name for name in variables if name not in os.environ]
+    try:
+        world = int(os.environ.get('WORLD_SIZE', 1))
+        rank = int(os.environ.get('RANK', 0))
+    except ValueError as error:
+        raise ValueError(f'RANK or WORLD_SIZE in the environment: {error}') from None
+    if missing:
+        if world > 1:
+            say(f'WORLD_SIZE={world} is set, but not {", ".join(missing)}: running as one process',
+                sys.stderr)
+        return 0, 1
+    return rank, world
+
+
 def pick_device(no_cuda=False):
-    """The CUDA device, or the CPU; it says so where CUDA_VISIBLE_DEVICES leaves no device."""
+    """The CUDA device, of several processes each its own, or the CPU.
+
+    It says so where CUDA_VISIBLE_DEVICES leaves no device. Raises ValueError for more processes
+    than devices.
+    """
     if not no_cuda and torch.cuda.is_available():
-        return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        rank, world = launched()
+        index = int(os.environ.get('LOCAL_RANK', rank)) if world > 1 else 0
+        if index >= torch.cuda.device_count():
+            raise ValueError(f'process {index} of this machine has no CUDA device: there are '
+                             f'{torch.cuda.device_count()}')
+        return torch.device('cuda', index)
     if not no_cuda and os.environ.get('CUDA_VISIBLE_DEVICES') is not None:
-        print("no CUDA device with CUDA_VISIBLE_DEVICES="
-              f"'{os.environ['CUDA_VISIBLE_DEVICES']}': running on the CPU", file=sys.stderr)
+        say("no CUDA device with CUDA_VISIBLE_DEVICES="
+            f"'{os.environ['CUDA_VISIBLE_DEVICES']}': running on the CPU", sys.stderr)
     return torch.device('cpu')
 
 

@@ -1,6 +1,6 @@
 """Attacks and metrics; as a command, the robustness of anyone's L-infinity-trained classifiers.
 
-    python evaluate.py --model-path runs/cifar10-ew-trades-seed1/best.pt
+    python evaluate.py --model-path runs/cifar10-ew-trades-beta5.5-seed1/best.pt
     python evaluate.py --model-path a.pt b.pt c.pt --attacks pgd20 ls autoattack --figures figures/
     python evaluate.py --model-path model_cifar_wrn.pt --dataset cifar10 --attacks autoattack
 
@@ -18,7 +18,6 @@ where it was when it is given again, and a finished one answers at once.
 """
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -141,7 +140,7 @@ def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_sca
 
 def entropy(logits):
     """Entropy of softmax(logits), (B, K) -> (B,), in nats, from 0 to log K: Eq. 1 with tau = 1."""
-    log_p = F.log_softmax(logits, dim=1)
+    log_p = F.log_softmax(logits, dim=1).clamp(min=-1e4)  # where p is 0: 0 log 0 = 0
     return -(log_p.exp() * log_p).sum(1)
 
 
@@ -150,8 +149,8 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
 
     Fractions `clean` and `pgd10` (accuracy under PGD with 10 steps of epsilon / 4), mean `entropy`
     in nats of the adversarial examples, `high_entropy`, the fraction above threshold; of a second,
-    averaged network `ema_clean` and `ema_pgd10`. Processes share the batches; networks are put in
-    eval mode and back.
+    averaged network the same as `ema_clean` and so on. Processes share the batches; networks are
+    put in eval mode and back.
     """
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if several else 0
@@ -176,7 +175,7 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
     row = dict(zip(('clean', 'pgd10', 'entropy', 'high_entropy'), (sums / len(images)).tolist()))
     if average is not None:
         of_average = evaluate_epoch(average, images, labels, epsilon, batch_size, seed, threshold)
-        row |= {f'ema_{k}': of_average[k] for k in ('clean', 'pgd10')}
+        row |= {f'ema_{k}': v for k, v in of_average.items()}
     return row
 
 
@@ -235,7 +234,7 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
                 try:
                     correct[batch], entropies[batch] = read_record(records[number], len(batch))
                 except (ValueError, KeyError, TypeError):
-                    print('a kept batch is damaged: evaluating anew from there', file=sys.stderr)
+                    data.say('a kept batch is damaged: evaluating anew from there', sys.stderr)
                     del records[number:]
             if number == len(records):
                 x, y = data.to_float(images[batch]), labels[batch]
@@ -287,7 +286,7 @@ class Results:
 
     def read(self):
         try:
-            with open(self.path) as f:
+            with open(self.path, encoding='utf-8') as f:
                 content = json.load(f)
             if all(isinstance(records, list) for records in content.values()):
                 return content
@@ -295,26 +294,22 @@ class Results:
             return {}
         except (OSError, ValueError, AttributeError, RecursionError):
             pass
-        print(f'{self.path} cannot be read: evaluating anew', file=sys.stderr)
+        data.say(f'{self.path} cannot be read: evaluating anew', sys.stderr)
         return {}
 
     def save(self):
         if not self.writable:
             return
-        partial = f'{self.path}.{os.getpid()}.tmp'
         try:
-            with open(self.model_path, 'rb') as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with open(self.model_path, 'rb') as file:
+                data.lock(file)
                 merged = self.read()
                 merged |= {k: v for k, v in self.known.items() if len(v) >= len(merged.get(k, ()))}
-                with open(partial, 'w') as f:
+                with models.replacing(self.path, 'w') as f:
                     json.dump(merged, f)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(partial, self.path)
         except OSError as error:
-            print(f'{self.path} cannot be written ({error.strerror}): going on without it',
-                  file=sys.stderr)
+            data.say(f'{self.path} cannot be written ({error.strerror}): going on without it',
+                     sys.stderr)
             self.writable = False
 
 
@@ -374,8 +369,8 @@ def evaluate_model(model, images, labels, columns, results=None, identity=None, 
                                             **options)
         if attack == 'pgd20' and after is None:
             entropies = h
-        print(f'{name}: {title} {outcome[title].mean():.2%} of {len(labels):,} '
-              f'({time.time() - began:.0f} s)', file=sys.stderr, flush=True)
+        data.say(f'{name}: {title} {outcome[title].mean():.2%} of {len(labels):,} '
+                 f'({time.time() - began:.0f} s)', sys.stderr)
     return outcome, entropies
 
 
@@ -388,11 +383,12 @@ def epsilon_text(epsilon):
 def markdown(header, rows):
     """A Markdown table: names left, numbers right."""
     lines = [header, [':--'] + ['--:'] * (len(header) - 1), *rows]
-    return '\n'.join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    cells = [[' '.join(str(cell).split()).replace('|', r'\|') for cell in line] for line in lines]
+    return '\n'.join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def write_csv(path, header, rows):
-    with open(path, 'w', newline='') as f:
+    with models.replacing(path, 'w', newline='', errors='replace') as f:
         csv.writer(f).writerows([header, *rows])
 
 
@@ -416,7 +412,8 @@ TSNE_EXAMPLES = 500  # of a class at most: t-SNE is slow, and a panel is small
 
 
 @contextlib.contextmanager
-def figure(path, header, table, height, rows=1, panels=(), legend='outside lower center', **options):
+def figure(path, header, table, height, rows=1, panels=(), legend='outside lower center',
+           **options):
     """A figure and its axes (rows, columns); at the end it is path.png, and the numbers path.csv.
 
     It is 3.5 inches (a column of text) wide. panels: names of panels, two in a row if several;
@@ -440,7 +437,7 @@ def figure(path, header, table, height, rows=1, panels=(), legend='outside lower
     yield drawn, axes
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if labels:
-        drawn.legend(handles, [shorten(label) for label in labels], loc=legend, ncols=2)
+        drawn.legend(handles, labels, loc=legend, ncols=2)
     lines = math.ceil(len(labels) / 2)
     drawn.set_size_inches(3.5, 0.4 + height * rows * 2 / columns + 0.13 * lines)
     drawn.savefig(f'{path}.png', dpi=200)
@@ -449,7 +446,10 @@ def figure(path, header, table, height, rows=1, panels=(), legend='outside lower
 
 
 def shorten(name):
-    return name if len(name) <= 32 else f'…{name[-31:]}'
+    """At most 32 characters that matplotlib takes as they are: no markup, and no name to hide."""
+    name = ''.join(c if c.isprintable() else '?' for c in name)
+    name = name if len(name) <= 32 else f'…{name[-31:]}'
+    return (' ' if name.startswith('_') else '') + name.replace('$', r'\$')
 
 
 def plot_entropy_histogram(entropies, num_classes, threshold, directory):
@@ -476,8 +476,8 @@ def plot_entropy_vs_robustness(points, attack, threshold, directory):
                 ['model', 'high_entropy', attack], [[name, *p] for name, p in points.items()],
                 0.85) as (_, [[ax]]):
         for i, (name, (share, accuracy)) in enumerate(points.items()):
-            ax.plot(share * 100, accuracy * 100, MARKERS[i % 8], color=COLOURS[i % 8], label=name,
-                    fillstyle='full' if i < 8 else 'none')
+            ax.plot(share * 100, accuracy * 100, MARKERS[i % 8], color=COLOURS[i % 8],
+                    label=shorten(name), fillstyle='full' if i < 8 else 'none')
         ax.set(xlabel=f'PGD-20 examples with entropy above {threshold:g} nats (%)',
                ylabel=f'accuracy under {attack} (%)')
         ax.margins(0.1)
@@ -494,7 +494,7 @@ def plot_tsne(features, classes, seed, directory):
             points = tsne.fit_transform(f)
             for (label, text), marker, colour in zip(classes.items(), 'o^', COLOURS):
                 ax.scatter(*points[y == label].T, s=5, marker=marker, color=colour, linewidths=0,
-                           alpha=0.7, label=text)
+                           alpha=0.7, label=shorten(text))
             ax.set(xticks=[], yticks=[])
             table += [[name, *point, classes[label]] for point, label in zip(points, y)]
         drawn.supxlabel('t-SNE 1 (no unit)', fontsize=7)
@@ -512,7 +512,8 @@ def plot_training_curves(logs, directory):
             scale = 1 if column == 'entropy' else 100
             for i, (name, log) in enumerate(logs.items()):
                 ax.plot([row['epoch'] for row in log], [row[column] * scale for row in log],
-                        label=name, color=COLOURS[i % 8], linestyle=['-', '--', ':'][i // 8 % 3])
+                        label=shorten(name), color=COLOURS[i % 8],
+                        linestyle=['-', '--', ':'][i // 8 % 3])
             ax.set_ylabel(text)
         axes[-1, 0].set_xlabel('epoch')
         axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
@@ -525,7 +526,8 @@ def read_log(model_path):
     """The rows of the log.csv beside a checkpoint, as numbers; [] where there is none."""
     rows = []
     with contextlib.suppress(OSError, UnicodeDecodeError, csv.Error):
-        with open(os.path.join(os.path.dirname(model_path), 'log.csv'), newline='') as f:
+        path = os.path.join(os.path.dirname(model_path), 'log.csv')
+        with open(path, newline='', encoding='utf-8') as f:
             for row in csv.DictReader(f):
                 with contextlib.suppress(KeyError, TypeError, ValueError):  # a line cut off
                     rows.append({k: float(row[k]) for k in CURVES})
@@ -548,7 +550,7 @@ def adversarial_features(model, images, labels, classes, epsilon, batch_size, se
 # ---------------------------------------------------------------- the command
 
 def parse_args(argv=None):
-    """The arguments and their parser."""
+    """The arguments, checked one by one; prepare completes them."""
     parser = data.ArgumentParser(description=__doc__)
     add = parser.add_argument_group('models').add_argument
     add('--model-path', nargs='+', required=True, metavar='FILE',
@@ -580,8 +582,9 @@ def parse_args(argv=None):
     add('--worst-case', action='store_true', help='each attack only on what withstood those before '
         'it: sooner at the worst case, but then a column (+) is not of one attack alone')
     add = parser.add_argument_group('run').add_argument
-    add('--batch-size', type=data.whole(1), default=250, metavar='N')
-    add('--seed', type=data.whole(0), default=1, metavar='S', help='of the random starts, from 0')
+    add('--batch-size', type=data.whole(1), default=250, metavar='N', help='images at once, from 1')
+    add('--seed', type=data.whole(0, 2 ** 32 - 1), default=1, metavar='S',
+        help='of the random starts, from 0')
     add('--no-cuda', action='store_true', help='evaluate on the CPU')
     add = parser.add_argument_group('reports').add_argument
     add('--entropy-threshold', type=data.real('[0, inf)'), default=1.5, metavar='T',
@@ -592,7 +595,16 @@ def parse_args(argv=None):
         'the first two, e.g. airplane automobile, or 0 1)')
     add('--csv', metavar='FILE', help='write the numbers there too, as fractions')
     add('--json', metavar='FILE', help='the same, with all settings and versions')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    attacks = set(args.attacks)
+    reported = args.figures or 'pgd20' in attacks and not args.worst_case
+    parser.refuse_idle(argv, {
+        '--aa-epsilon': (attacks & {'autoattack', *AUTOATTACK}, 'without autoattack'),
+        '--restarts': (args.figures or attacks & (STEPS.keys() - {'fgsm'}), 'without PGD or LS'),
+        '--ls-scale': ('ls' in attacks, 'without ls'),
+        '--entropy-threshold': (reported, 'without pgd20 on all examples'),
+        '--tsne-classes': (args.figures, 'without --figures')})
+    return args
 
 
 def prepare(args):
@@ -621,6 +633,10 @@ def prepare(args):
     args.aa_epsilon = args.aa_epsilon or args.epsilon
     if {'autoattack', *AUTOATTACK} & set(args.attacks):
         find_autoattack()
+    if {'autoattack', 'apgd-t', 'fab-t'} & set(args.attacks) and spec.num_classes < 10:
+        raise ValueError(f'autoattack, apgd-t and fab-t have 9 wrong classes as targets, and '
+                         f'{args.dataset} has {spec.num_classes} classes in all; apgd-ce and '
+                         'square work')
     if args.figures:
         import matplotlib.pyplot
         import sklearn.manifold
@@ -633,8 +649,8 @@ def prepare(args):
                 raise IsADirectoryError(None, 'it is a directory')
         except OSError as error:
             raise ValueError(f'{path} cannot be written ({error.strerror})') from None
-    images, labels = data.load_data(args.dataset, args.data_dir, args.split == 'train', args.n_examples,
-                               data.pick_device(args.no_cuda))
+    images, labels = data.load_data(args.dataset, args.data_dir, args.split == 'train',
+                                    args.n_examples, data.pick_device(args.no_cuda))
     classes = {}
     if args.figures:
         names = data.class_names(args.dataset, args.data_dir)
@@ -672,23 +688,25 @@ def measure(args, loaded, images, labels, classes):
     return columns, rows, features
 
 
-def print_tables(args, heads, rows):
-    """The accuracies and, if pgd20 was run on all examples, the entropies: Markdown on stdout."""
+def tables(args, heads, rows):
+    """The accuracies and, if pgd20 was run on all examples, the entropies: Markdown."""
     def percent(values):
         return ['-' if math.isnan(v) else f'{100 * v:.2f}' for v in values]
     which = 'the first' if args.n_examples else 'all'
-    print(f"Accuracy in % on {which} {rows[0]['n']:,} {args.split} images of {args.dataset}, by "
-          f'attack (epsilon); seed {args.seed}, batches of {args.batch_size}, random starts of PGD '
-          f'and LS {args.restarts}, LS scale {args.ls_scale:g}\n')
-    print(markdown(['model', 'n', *heads], [
-        [row['model'], row['n'], *percent(row['accuracy'].values())] for row in rows]))
+    text = (f"Accuracy in % on {which} {rows[0]['n']:,} {args.split} images of {args.dataset}, by "
+            f'attack (epsilon); seed {args.seed}, batches of {args.batch_size}, random starts of '
+            f'PGD and LS {args.restarts}, LS scale {args.ls_scale:g}\n\n')
+    text += markdown(['model', 'n', *heads], [
+        [row['model'], row['n'], *percent(row['accuracy'].values())] for row in rows])
     if 'report' in rows[0]:
         t = f'{args.entropy_threshold:g}'
-        print('\nEntropy of the predictions on the examples of pgd20, and the accuracy on them\n')
-        print(markdown(['model', 'n', 'mean (nats)', f'above {t} (%)', f'accuracy above {t} (%)',
-                        f'accuracy up to {t} (%)'],
-                       [[row['model'], row['n'], f"{row['report']['entropy']:.3f}",
-                         *percent(list(row['report'].values())[1:])] for row in rows]))
+        text += ('\n\nEntropy of the predictions on the examples of pgd20, and the accuracy on '
+                 'them\n\n')
+        text += markdown(['model', 'n', 'mean (nats)', f'above {t} (%)', f'accuracy above {t} (%)',
+                          f'accuracy up to {t} (%)'],
+                         [[row['model'], row['n'], f"{row['report']['entropy']:.3f}",
+                           *percent(list(row['report'].values())[1:])] for row in rows])
+    return text
 
 
 def write_files(args, columns, heads, rows, features, classes, device):
@@ -702,7 +720,7 @@ def write_files(args, columns, heads, rows, features, classes, device):
         for row in content:  # JSON has no NaN
             row['report'] = {k: None if math.isnan(v) else v
                              for k, v in row.get('report', {}).items()}
-        with open(args.json, 'w') as f:
+        with models.replacing(args.json, 'w') as f:
             json.dump({'args': vars(args), 'columns': columns, 'versions': data.versions(device),
                        'models': content}, f, indent=1)
     if args.figures:
@@ -715,14 +733,14 @@ def write_files(args, columns, heads, rows, features, classes, device):
             {row['model']: (row['report']['high_entropy'], row['accuracy'][strongest])
              for row in rows}, strongest, threshold, args.figures)
         if min(len(y) for _, y in features.values()) < 5:
-            print('no tsne.png: fewer than 5 examples of its two classes', file=sys.stderr)
+            data.say('no tsne.png: fewer than 5 examples of its two classes', sys.stderr)
         else:
             plot_tsne(features, classes, args.seed, args.figures)
         logs = {row['model']: log for row in rows if (log := read_log(row['path']))}
         if logs:
             plot_training_curves(logs, args.figures)
         else:
-            print('no training_curves.png: no log.csv beside any model', file=sys.stderr)
+            data.say('no training_curves.png: no log.csv beside any model', sys.stderr)
 
 
 def main(argv=None):
@@ -734,9 +752,9 @@ def main(argv=None):
             columns, rows, features = measure(args, loaded, images, labels, classes)
             heads = [title if attack == 'clean' else f'{title} ({epsilon_text(epsilon)})'
                      for title, (attack, epsilon, _) in columns.items()]
-            print_tables(args, heads, rows)
             with data.mistakes():
                 write_files(args, columns, heads, rows, features, classes, images.device)
+            data.say(tables(args, heads, rows))
         except KeyboardInterrupt:
             raise data.Stop('interrupted; the same command goes on where it was', 130) from None
 

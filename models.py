@@ -236,18 +236,33 @@ def build_model(arch, num_classes=10, in_channels=None, final_bn=True, init_from
 
 # ---------------------------------------------------------------- files of weights
 
+@contextlib.contextmanager
+def replacing(path, mode='wb', **options):
+    """A file that takes the place of path when it is whole; a crash at any moment leaves the old
+    one or the new one."""
+    partial = f'{path}.tmp'
+    try:
+        if 'b' not in mode:
+            options['encoding'] = 'utf-8'
+        with open(partial, mode, **options) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
+
+
 def save_checkpoint(content, path):
     """Write the dict content; a crash at any moment leaves the old file or the new one, whole."""
-    partial = f'{path}.tmp'
-    with open(partial, 'wb') as f:
+    with replacing(path) as f:
         torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
-class _Ignored:
-    """Stands in for what people save beside the weights, so that nothing of it is ever built."""
+class StandIn:
+    """What stands for an object that somebody saved beside the weights: nothing of it is built."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -255,19 +270,21 @@ class _Ignored:
     def __setstate__(self, state):
         pass
 
+    def __setitem__(self, key, value):
+        pass
 
-# argparse's Namespace, NumPy's scalars and arrays (numpy.core: before 2.0)
-_IGNORED = [type(name, (_Ignored,), {'__module__': module}) for module, name in (
-    ('argparse', 'Namespace'), ('numpy', 'dtype'), ('numpy', 'ndarray'),
-    ('numpy.core.multiarray', 'scalar'), ('numpy.core.multiarray', '_reconstruct'),
-    ('numpy._core.multiarray', 'scalar'), ('numpy._core.multiarray', '_reconstruct'))]
+
+# What has no business beside weights: a file that names it is refused
+SUSPICIOUS = {'os', 'posix', 'nt', 'sys', 'subprocess', 'builtins', '__builtin__', 'importlib',
+              'runpy', 'shutil', 'socket', 'pty', 'pickle', 'code', 'ctypes', 'webbrowser'}
 
 
 def read_checkpoint(path):
     """The content of a file by torch.save, on the CPU, without running code that it may hold.
 
-    Raises FileNotFoundError, or ValueError with one line that names the file: not a checkpoint, cut
-    off or damaged, or a pickle that asks for anything but tensors, plain containers and _IGNORED.
+    Objects that are no tensors and no plain containers are stood in for: their classes are not even
+    looked up. Raises FileNotFoundError, or ValueError with one line that names the file: not a
+    checkpoint, cut off or damaged, or a pickle that asks for what is SUSPICIOUS.
     """
     try:
         with open(path, 'rb') as f:
@@ -276,45 +293,87 @@ def read_checkpoint(path):
         raise FileNotFoundError(f'{path}: no such file') from None
     except OSError as error:
         raise ValueError(f'{path}: cannot be read ({error.strerror})') from None
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_IGNORED):
-            warnings.simplefilter('ignore')  # on unusual pickle protocols
-            content = torch.load(path, map_location='cpu', weights_only=True)
-        # torch.load does not look at the checksums that torch.save writes
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-            raise zipfile.BadZipFile(damaged)
-        return content
-    except Exception as error:  # a parser of arbitrary bytes raises whatever it stumbles on
-        code = re.search(r'GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)', str(error))
-        # how torch.save's files begin, the new and the old format
-        began_well = head.startswith((b'PK\3\4', b'\x80\2\x8a\nl\xfc\x9cF\xf9'))
-        if isinstance(error, pickle.UnpicklingError) and code:
-            reason = f'refused, its pickle would run code ({code[1] or code[2]})'
-        elif began_well and (isinstance(error, zipfile.BadZipFile) or not zipfile.is_zipfile(path)):
-            reason = 'cut off or damaged'
-        elif head[:1] == b'\x80' and not began_well:
-            reason = 'refused, a pickle that torch.load does not read with weights_only=True'
-        else:
-            reason = 'not a checkpoint'
-        raise ValueError(f'{path}: {reason}') from None
+    stand_ins = {}
+    while True:
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins.values()):
+                warnings.simplefilter('ignore')  # on unusual pickle protocols
+                content = torch.load(path, map_location='cpu', weights_only=True)
+            # torch.load does not look at the checksums that torch.save writes
+            if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+                raise zipfile.BadZipFile(damaged)
+            return content
+        except Exception as error:  # a parser of arbitrary bytes raises whatever it stumbles on
+            found = re.search(r'GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)', str(error))
+            code = found and (found[1] or found[2])
+            # how torch.save's files begin, the new and the old format
+            well = head.startswith((b'PK\3\4', b'\x80\2\x8a\nl\xfc\x9cF\xf9'))
+            if isinstance(error, pickle.UnpicklingError) and code:
+                module, _, name = code.rpartition('.')
+                if well and module.split('.')[0] not in SUSPICIOUS and code not in stand_ins:
+                    stand_ins[code] = type(name, (StandIn,), {'__module__': module})
+                    continue
+                reason = (f'refused, its pickle would run code ({code}); if you trust it, save its '
+                          'weights alone: torch.save(torch.load(FILE, weights_only=False)'
+                          "['state_dict'], NEW_FILE)")
+            elif well and (isinstance(error, zipfile.BadZipFile) or not zipfile.is_zipfile(path)):
+                reason = 'cut off or damaged'
+            elif head[:1] == b'\x80' and not well:
+                reason = 'refused, a pickle that torch.load does not read with weights_only=True'
+            else:
+                reason = 'not a checkpoint'
+            raise ValueError(f'{path}: {reason}') from None
 
 
 def find_state_dict(content):
     """The weights in a checkpoint, {name: tensor}, without prefixes; ValueError if none."""
-    content = content if isinstance(content, dict) else None
-    while content is not None:
-        if content and all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items()):
+    keys = ('ema_state_dict', 'state_dict', 'model_state_dict', 'net', 'model')
+    state = content
+    while isinstance(state, dict):
+        if state and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
             break
-        keys = ('ema_state_dict', 'state_dict', 'model_state_dict', 'net', 'model')
-        content = next((content[k] for k in keys if isinstance(content.get(k), dict)), None)
+        state = next((state[k] for k in keys if isinstance(state.get(k), dict)), None)
     # n_averaged: a count of torch's AveragedModel; sub_block1: unused, in TRADES' WideResNet
-    state = {k: v for k, v in (content or {}).items() if k != 'n_averaged'}
-    if not state:
-        raise ValueError('holds no state_dict')
+    if not isinstance(state, dict) or not state.keys() - {'n_averaged'}:
+        raise ValueError(f'holds no state_dict, but {describe(content)}; weights are read that '
+                         'were saved by torch.save(model.state_dict(), FILE)')
+    state = {k: v for k, v in state.items() if k != 'n_averaged'}
     prefixes = ('module.0.', 'module.', 'model.', '_orig_mod.')
     while prefix := next((p for p in prefixes if all(k.startswith(p) for k in state)), None):
         state = {k[len(prefix):]: v for k, v in state.items()}
     return {k: v for k, v in state.items() if not k.startswith('sub_block1.')}
+
+
+def describe(content):
+    """What a file holds, in a few words."""
+    if isinstance(content, dict) and content:
+        return 'a dict of ' + ', '.join(f'{k} ({type(v).__name__})'
+                                        for k, v in list(content.items())[:4])
+    if isinstance(content, (dict, list, tuple)):
+        kinds = sorted({type(v).__name__ for v in content})
+        return f'a {type(content).__name__} of {len(content)} {" and ".join(kinds)}'.rstrip()
+    kind = type(content)
+    return f'a whole {kind.__module__}.{kind.__name__}' if isinstance(content, StandIn) else (
+        f'a {kind.__name__}')
+
+
+def without_prefix(state):
+    """A state_dict whose names all begin alike, as those in a Sequential do, without that."""
+    begin = os.path.commonprefix([f'{k}.' for k in state]).rpartition('.')[0]
+    return {k[len(begin) + 1:]: v for k, v in state.items()} if begin else state
+
+
+def take_normalization(state):
+    """(mean, std) that a state_dict itself holds, removed from it, as of a model with a layer that
+    normalizes; None without."""
+    for mean, std in (('mean', 'std'), ('mu', 'sigma')):
+        for name in list(state):
+            at, _, last = name.rpartition('.')
+            partner = f'{at}.{std}'.lstrip('.')
+            if last == mean and partner in state and state[name].numel() in (1, 3):
+                values = state.pop(name), state.pop(partner)
+                return tuple(v.flatten().tolist() for v in values)
+    return None
 
 
 def infer_arch(state):
@@ -323,15 +382,20 @@ def infer_arch(state):
         return next((name for name in names if name in state), None)
     head = known('linear.weight', 'fc.weight', 'classifier.fc3.weight')
     first = known('conv1.weight', 'feature_extractor.conv1.weight')
-    if head is None or first is None or (state[head].ndim, state[first].ndim) != (2, 4):
-        raise ValueError(f"names of no known network ({', '.join(sorted(state)[:3])}, ...)")
     blocks = [k for k in state if re.fullmatch(r'block1\.layer\.\d+\.conv1\.weight', k)]
-    if blocks:
+    layers = [len([k for k in state if re.fullmatch(rf'layer{i}\.\d+\.conv1\.weight', k)])
+              for i in (1, 2, 3, 4)]
+    fits = head and first and (state[head].ndim, state[first].ndim) == (2, 4)
+    if fits and blocks:
         arch = f'wideresnet{6 * len(blocks) + 4}-{state[blocks[0]].shape[0] // 16}'
-    elif head == 'classifier.fc3.weight':
+    elif fits and head == 'classifier.fc3.weight':
         arch = 'smallcnn'
-    else:
+    elif fits and layers == [2, 2, 2, 2] and state[first].shape[0] == 64:
         arch = 'resnet18' if 'bn1.weight' in state else 'preactresnet18'
+    else:
+        what = f'a ResNet of {layers} blocks, ' if fits and any(layers) else ''
+        raise ValueError(f"{what}names of no known network ({', '.join(sorted(state)[:3])}, ...); "
+                         f'known are {", ".join(ARCHS)} and wideresnet<depth>-<width>')
     return arch, state[head].shape[0], state[first].shape[1], 'bn.weight' in state
 
 
@@ -369,6 +433,11 @@ def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
     content = read_checkpoint(path)
     try:
         state = find_state_dict(content)
+        inside = take_normalization(state)
+        if inside:
+            if normalize:
+                raise ValueError('has a normalization of its own, beside --normalize')
+            normalize, state = inside, find_state_dict(without_prefix(state))
         try:
             found_arch, classes, in_channels, final_bn = infer_arch(state)
         except ValueError:
@@ -379,6 +448,9 @@ def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
             raise ValueError(f'has {classes} classes, not {num_classes}')
         model = build_model(arch or found_arch, classes, in_channels, final_bn)
         expected = model.state_dict()
+        for k in expected:  # a counter that nothing reads; old files lack it
+            if k.endswith('.num_batches_tracked'):
+                state.setdefault(k, expected[k])
         missing = [k for k in expected if k not in state]
         unexpected = [k for k in state if k not in expected]
         if missing or unexpected:
@@ -468,6 +540,14 @@ def add_speed_args(parser):
         help='torch.compile the network: default, reduce-overhead or max-autotune (default: off)')
 
 
+def has_bfloat16(device):
+    """Whether the device computes in bfloat16, and does not emulate it."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(False)
+    x86 = torch.backends.cpu.get_cpu_capability().startswith(('DEFAULT', 'AVX'))
+    return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def accelerate(model, args, world=1):
     """Let a Network run as --amp, --tf32 and --compile of args say; its names stay as they are.
 
@@ -477,7 +557,7 @@ def accelerate(model, args, world=1):
     """
     device = next(model.parameters()).device
     if args.amp is None:
-        args.amp = device.type == 'cuda' and torch.cuda.is_bf16_supported(False)  # no emulation
+        args.amp = device.type == 'cuda' and has_bfloat16(device)
     model.amp = args.amp
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     torch.backends.cudnn.benchmark = True  # the fastest convolutions for the shapes that recur
@@ -485,6 +565,11 @@ def accelerate(model, args, world=1):
         share = args.batch_size / world
         sizes = math.floor(share), math.ceil(share), args.test_batch_size
         eager = model.forward
+        try:
+            torch.compile(torch.square, mode=args.compile, dynamic=False)(torch.ones(2).to(device))
+        except Exception as error:  # of whatever compiler is missing
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f'--compile does not work here: {reason}') from None
         compiled = torch.compile(eager, mode=args.compile, dynamic=False)
         # clone: a CUDA graph's output is overwritten by its next run
         model.forward = lambda x: compiled(x).clone() if len(x) in sizes else eager(x)

@@ -493,7 +493,8 @@ def test_loss_and_gradients_are_finite_at_extreme_logits(name, weighting):
 def test_other_dtypes(name, dtype, tolerance):
     z, z_adv, y, kappa = table(scale=1.0)
     z, z_adv, options = z.to(dtype), z_adv.to(dtype), {'entropy_weight': True, **OPTIONS[name]}
-    loss, w = loss_on(name, nn.Identity(), z, z_adv, y, **options), SCRIPTS[name].entropy_weights(z_adv)
+    loss = loss_on(name, nn.Identity(), z, z_adv, y, **options)
+    w = SCRIPTS[name].entropy_weights(z_adv)
     assert loss.dtype == w.dtype == dtype
     z, z_adv = z.double().numpy(), z_adv.double().numpy()
     expected_w = reference_weights(z_adv, options)

@@ -30,13 +30,28 @@ def batch_mean(values):
 def entropy_weights(logits, tau=1.0):
     """w (B,), each example's entropy over the batch mean (Eq. 1-2); constant to autograd, mean 1.
 
-    logits: (B, K), of the adversarial examples; tau > 0 divides them, and tau = inf gives w = 1,
-    as do entropies that are all zero.
+    logits: (B, K), of the adversarial examples, -inf for a class that is left out; tau > 0 divides
+    them, and tau = inf gives w = 1, as do entropies that are all zero. Where torch.distributed
+    runs, the mean is over all processes: call it in all of them or in none.
     """
-    log_p = F.log_softmax(logits.detach() / tau, dim=1)
+    z = logits.detach() - logits.detach().amax(dim=1, keepdim=True)
+    z = z.clamp(min=torch.finfo(z.dtype).min) / max(tau, 1e-30)  # finite also for -inf / inf
+    log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # finite where p is 0: 0 log 0 = 0
     entropy = -(log_p.exp() * log_p).sum(1)
     mean = batch_mean(entropy)
     return torch.where(mean == 0, 1.0, entropy / mean)
+
+
+def check_images(x):
+    """ValueError for images that are not in [0, 1], which an attack would clamp without a word."""
+    if not ((x >= -1e-3) & (x <= 1.001)).all():
+        raise ValueError('x_natural is not in [0, 1]: normalize inside the model, not before')
+
+
+def check_logits(logits):
+    """ValueError for a model that does not give each class a logit."""
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f'the model gives {tuple(logits.shape)}, not logits (B, K), K at least 2')
 
 
 def random_start(x_natural, epsilon):
@@ -47,9 +62,10 @@ def random_start(x_natural, epsilon):
 def gairat_weights(kappa, num_steps, psi=-1.0):
     """gamma_hat (B,) of Eq. 8, with batch mean 1, from kappa (B,) in [0, num_steps].
 
-    psi: any number; inf gives 1 for all, and so does a psi so low that every gamma underflows to 0.
+    psi: any number; inf gives 1 for all, as do num_steps = 0 and a psi so low that every gamma
+    underflows to 0.
     """
-    gamma = (1 + torch.tanh(psi + 5 * (1 - 2 * kappa / num_steps))) / 2
+    gamma = (1 + torch.tanh(psi + 5 * (1 - 2 * kappa / max(num_steps, 1)))) / 2
     mean = batch_mean(gamma)
     return torch.where(mean == 0, 1.0, gamma / mean)
 
@@ -80,17 +96,22 @@ def gairat_loss(model, x_natural, y, optimizer, step_size=0.007, epsilon=0.031, 
     """The (EW-)GAIRAT loss (Eq. 8), a scalar to call .backward() on.
 
     x_natural: images (B, C, H, W) in [0, 1], as are step_size and epsilon; y: labels (B,);
-    optimizer: for zero_grad() alone, may be None; adv: what attack() returned, where it was called
-    before, in perturb_steps; reduction: 'mean' or 'sum' over the batch. Leaves the model in train
-    mode.
+    optimizer: for zero_grad() alone, before the loss: None to accumulate gradients; adv: what
+    attack() returned, where it was called before, in perturb_steps steps; reduction: 'mean' or
+    'sum' over the batch. Leaves the whole model in train mode, frozen batch normalization too.
+    Raises ValueError for images outside [0, 1], other labels, and a model of one logit.
     """
+    if y.dim() != 1 or y.is_floating_point():
+        raise ValueError(f'y is {y.dtype} {tuple(y.shape)}, not labels (B,)')
     if adv is None:
+        check_images(x_natural)
         start = random_start(x_natural, epsilon)
         adv = attack(model, x_natural, start, y, step_size, epsilon, perturb_steps)
     if optimizer is not None:
         optimizer.zero_grad()
     x_adv, kappa = adv
     logits_adv = model(x_adv)
+    check_logits(logits_adv)
     w = entropy_weights(logits_adv, tau) if entropy_weight else 0
     gamma_hat = gairat_weights(kappa, perturb_steps, psi)
     losses = (gamma_hat + w) * F.cross_entropy(logits_adv, y, reduction='none')
@@ -100,7 +121,8 @@ def gairat_loss(model, x_natural, y, optimizer, step_size=0.007, epsilon=0.031, 
 def add_algorithm_args(parser, real, whole):
     parser.add_argument('--psi', '--Lambda', type=real('[-inf, inf]'), default=-1.0,
                         help='shift of the weights; the higher the more equal, inf: all 1')
-    parser.add_argument('--begin-epoch', type=whole(1), default=lambda args: max(1, args.epochs // 2),
+    parser.add_argument('--begin-epoch', type=whole(1),
+                        default=lambda args: max(1, args.epochs // 2),
                         help='the first epoch with weights, from 1 (default: half of the epochs)')
 
 

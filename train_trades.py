@@ -29,13 +29,28 @@ def batch_mean(values):
 def entropy_weights(logits, tau=1.0):
     """w (B,), each example's entropy over the batch mean (Eq. 1-2); constant to autograd, mean 1.
 
-    logits: (B, K), of the adversarial examples; tau > 0 divides them, and tau = inf gives w = 1,
-    as do entropies that are all zero.
+    logits: (B, K), of the adversarial examples, -inf for a class that is left out; tau > 0 divides
+    them, and tau = inf gives w = 1, as do entropies that are all zero. Where torch.distributed
+    runs, the mean is over all processes: call it in all of them or in none.
     """
-    log_p = F.log_softmax(logits.detach() / tau, dim=1)
+    z = logits.detach() - logits.detach().amax(dim=1, keepdim=True)
+    z = z.clamp(min=torch.finfo(z.dtype).min) / max(tau, 1e-30)  # finite also for -inf / inf
+    log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # finite where p is 0: 0 log 0 = 0
     entropy = -(log_p.exp() * log_p).sum(1)
     mean = batch_mean(entropy)
     return torch.where(mean == 0, 1.0, entropy / mean)
+
+
+def check_images(x):
+    """ValueError for images that are not in [0, 1], which an attack would clamp without a word."""
+    if not ((x >= -1e-3) & (x <= 1.001)).all():
+        raise ValueError('x_natural is not in [0, 1]: normalize inside the model, not before')
+
+
+def check_logits(logits):
+    """ValueError for a model that does not give each class a logit."""
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f'the model gives {tuple(logits.shape)}, not logits (B, K), K at least 2')
 
 
 def random_start(x_natural, epsilon):
@@ -68,19 +83,23 @@ def trades_loss(model, x_natural, y, optimizer, step_size=0.003, epsilon=0.031, 
                 reduction='mean'):
     """The (EW-)TRADES loss (Eq. 6, 11), a scalar to call .backward() on; called like the official.
 
-    x_natural: images (B, C, H, W) in [0, 1], as are step_size and epsilon; y: labels (B,);
-    optimizer: for zero_grad() alone, may be None; adv: what attack() returned, where it was called
-    before; reduction: 'mean' or 'sum' over the batch. Leaves the model in train mode.
-    Raises ValueError for a distance that is not 'l_inf'.
+    x_natural: images (B, C, H, W) in [0, 1], as are step_size and epsilon; y: labels (B,) or
+    probabilities (B, K); optimizer: for zero_grad() alone, before the loss: None to accumulate
+    gradients; adv: what attack() returned, where it was called before; reduction: 'mean' or 'sum'
+    over the batch. Leaves the whole model in train mode, frozen batch normalization too.
+    Raises ValueError for a distance that is not 'l_inf', images outside [0, 1], and a model of
+    one logit.
     """
     if distance != 'l_inf':
         raise ValueError(f"distance '{distance}' is not 'l_inf'")
     if adv is None:
+        check_images(x_natural)
         start = random_start(x_natural, epsilon)
         adv = attack(model, x_natural, start, y, step_size, epsilon, perturb_steps)
     if optimizer is not None:
         optimizer.zero_grad()
     logits, logits_adv = model(x_natural), model(adv)
+    check_logits(logits_adv)
     w = entropy_weights(logits_adv, tau) if entropy_weight else 0
     kl = F.kl_div(F.log_softmax(logits_adv, dim=1), F.log_softmax(logits, dim=1),
                   reduction='none', log_target=True).sum(1)
