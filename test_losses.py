@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 
 import data
+import evaluate
 import models
 
 NAMES = ['at', 'trades', 'mart', 'gairat']
@@ -516,6 +517,40 @@ def test_another_distance_is_refused(name):
     with pytest.raises(ValueError, match='l_2'):
         loss_of(name, model, *batch(model), distance='l_2')
     loss_of(name, model, *batch(model), distance='l_inf')
+
+
+@every_script
+@pytest.mark.parametrize('tau', [1e-300, 1e-3, 1.0, math.inf])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_entropy_weights_are_finite_where_a_probability_is_zero(name, tau, dtype):
+    z = torch.tensor([[0., -math.inf], [0., 0.], [6e4, -6e4], [-math.inf, 1.]], dtype=dtype)
+    expected = [1, 1, 1, 1] if tau == math.inf else [0, 4, 0, 0]
+    close(SCRIPTS[name].entropy_weights(z, tau), expected, 1e-6)
+    close(evaluate.entropy(z.double()), [0, math.log(2), 0, 0])
+
+
+@every_script
+def test_what_a_loss_cannot_do_right_it_refuses(name):
+    model = small_net()
+    x, y = batch(model)
+    for wrong in ((x - 0.5) / 0.25, 255 * x, x - 0.01, torch.full_like(x, math.nan)):
+        with pytest.raises(ValueError, match=r'not in \[0, 1\]'):
+            loss_of(name, model, wrong, y)
+    one = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double()
+    with pytest.raises(ValueError, match='not logits'):
+        loss_of(name, one, x, 0 * y)
+    if name in ('mart', 'gairat'):
+        for wrong in (F.one_hot(y, 10), F.one_hot(y, 10).double(), y.double(), y[:, None]):
+            with pytest.raises(ValueError, match='labels'):
+                loss_of(name, model, x, wrong)
+    else:
+        losses = []
+        for labels in (y, F.one_hot(y, 10).double()):
+            torch.manual_seed(0)
+            losses.append(loss_of(name, copy.deepcopy(model), x, labels))
+        close(*losses)
+    assert loss_of(name, model, x, y.to(torch.uint8)).isfinite()
+    assert loss_of(name, model, x, y, perturb_steps=0).isfinite()
 
 
 # ---------------------------------------------------------------- the scripts as text

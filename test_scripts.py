@@ -2,6 +2,7 @@
 import argparse
 import copy
 import csv
+import datetime
 import fcntl
 import importlib
 import io
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 import types
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bookkeeping
@@ -360,7 +363,7 @@ def interrupted(method, number, flags):
 
 @pytest.mark.parametrize('method, number, flags, status, step', [
     ('ew-gairat', signal.SIGKILL, EACH_STEP, -9, 1), ('at', signal.SIGINT, '', 130, 2),
-    ('mart', signal.SIGTERM, '', 143, 2)])
+    ('mart', signal.SIGTERM, '', 143, 2), ('ew-at', signal.SIGHUP, '', 129, 2)])
 def test_a_signal_saves_and_says_how_to_go_on(method, number, flags, status, step, runs):
     done, script = interrupted(method, number, flags), METHODS[method][0]
     left = last_of(method)
@@ -779,6 +782,83 @@ def test_no_step_waits_for_the_device(algorithm, extra):
         assert 0 <= float(rows_of()[1]['ema_pgd10']) <= 1
         shutil.rmtree('run')
     assert waits[0] == waits[1] > 0
+
+
+# ---------------------------------------------------------------- CUDA, by shapes and devices alone
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A CUDA device whose tensors have no values: an operation that mixes devices raises.
+
+    Autograd does not run on it: all gradients are zeros. What needs values is left out.
+    """
+    device, networks = torch.device('cuda', 0), []
+    def checked(loss):
+        assert (loss.dtype, loss.device, loss.dim()) == (torch.float32, device, 0)
+    def grad(loss, x):
+        checked(loss)
+        return [torch.zeros_like(x)]
+    def backward(loss):
+        checked(loss)
+        for p in networks[-1].parameters():
+            p.grad = torch.zeros_like(p)
+    def to(model, place, **options):  # torch's own changes parameters in place, which fails here
+        for module in model.modules():
+            for k, p in module._parameters.items():
+                module._parameters[k] = p if p is None else nn.Parameter(p.detach().to(place))
+            module._buffers = {k: b.to(place) for k, b in module._buffers.items()}
+        return model
+    monkeypatch.setattr(nn.Module, 'to', to)
+    spy(monkeypatch, bookkeeping.Run, 'begin', lambda _, run, *args: networks.append(run.model))
+    @torch.no_grad()
+    def lerp(averages, weights, _):  # one by one: torch's for lists corrupts memory here
+        assert [a.lerp_(w, 0.1).device for a, w in zip(averages, weights)] == [device] * len(weights)
+    def fused(params, grads, momenta, **options):  # has no computation of shapes
+        assert {t.device for t in params + grads} == {device} and len(params) == len(grads) > 0
+    monkeypatch.setattr(torch.autograd, 'grad', grad)
+    monkeypatch.setattr(torch.Tensor, 'backward', backward)
+    monkeypatch.setattr(torch, '_fused_sgd_', fused)
+    monkeypatch.setattr(models, 'get_ema_multi_avg_fn', lambda decay: lerp)
+    build = models.build_model  # a deep copy crashes
+    monkeypatch.setattr(models, 'copy_of', lambda model: build('wideresnet10-1').to(device))
+    monkeypatch.setattr(FakeTensor, 'tolist', lambda values: [0.5] * len(values))
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: [2 ** 33])
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *emulated: True)
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(data, 'pick_device', lambda no_cuda: device)
+    monkeypatch.setattr(data, 'versions', lambda device: {'device': 'none'})
+    monkeypatch.setattr(bookkeeping, 'synchronize', lambda device: None)
+    monkeypatch.setattr(bookkeeping.Run, 'check_finite', lambda run: setattr(run, 'loss', 1.0))
+    monkeypatch.setattr(bookkeeping.Run, 'save', lambda run, *names: None)
+    coloured = replace(data.DATASETS['digits'], in_channels=3, size=32, augmented=True, load=lambda
+                       *_: (torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.arange(9), None))
+    monkeypatch.setitem(data.DATASETS, 'digits', coloured)
+    np.savez('extra.npz', image=np.zeros((4, 32, 32, 3), np.uint8), label=np.arange(4))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield device
+
+
+@every_algorithm
+@pytest.mark.parametrize('flags', [
+    '--no-amp --arch preactresnet18',
+    '--arch wideresnet10-1 --entropy-weight --awp-gamma 0.01 --awp-warmup 0 --ema 0.9',
+    '--amp --arch resnet18 --extra-data extra.npz --entropy-weight --tau inf'])
+def test_a_run_on_cuda_mixes_no_devices_and_its_losses_are_float32(algorithm, flags, fake_cuda):
+    small = '--dataset digits --batch-size 4 --epochs 1 --num-steps 2 --model-dir run'
+    out, _ = main_of(f'train_{algorithm}', small, flags)
+    assert 'epoch 1/1' in out and 'best epoch 1' in out
+
+
+@pytest.mark.parametrize('attack', evaluate.STEPS)
+@pytest.mark.parametrize('amp', [False, True])
+def test_an_attack_on_cuda_mixes_no_devices(attack, amp, fake_cuda, monkeypatch):
+    model = models.build_model('wideresnet10-1').to(fake_cuda)
+    model.amp = amp
+    x, y = torch.rand(4, 3, 32, 32, device=fake_cuda), torch.zeros(4, device=fake_cuda).long()
+    monkeypatch.setattr(torch.Tensor, '__bool__', lambda value: True)
+    x_adv = evaluate.run_attack(attack, model, x, y, 8 / 255)
+    assert (x_adv.device, x_adv.dtype) == (fake_cuda, torch.float32)
+    assert evaluate.entropy(model(x_adv)).dtype == torch.float32
 
 
 # ---------------------------------------------------------------- evaluate.py and the loader
@@ -1624,6 +1704,267 @@ def test_logits_are_robustbenchs_forward_pass():
             expected = F.linear(out, s['fc.weight'], s['fc.bias'])
         with torch.no_grad():
             torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- nothing silent, nothing lost
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize('moment', range(1, 8))
+def test_best_is_that_of_a_whole_run_whenever_it_was_killed(moment, monkeypatch):
+    """Between any two files that take their places; epochs 1, 2 and 4 are each the best so far."""
+    rows = [dict(pgd10=v) for v in (0.1, 0.3, 0.2, 0.4)]
+    evaluations(monkeypatch, *rows)
+    replace_file, count = os.replace, []
+    def killed(a, b):
+        count.append(b) if str(b).endswith('.pt') else None
+        if len(count) == moment:
+            raise Killed
+        replace_file(a, b)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, 'replace', killed)
+        main_of('train_at', TINY, '--epochs 4')
+    begun = last_of()['epoch'] if os.path.exists('run/last.pt') else 0
+    assert begun == (0, 0, 1, 1, 2, 3, 3)[moment - 1]
+    evaluations(monkeypatch, *rows[begun:])
+    main_of('train_at', '--resume run' if begun else f'{TINY} --epochs 4 --model-dir new')
+    directory = 'run' if begun else 'new'
+    assert last_of(directory, 'best')['epoch'] == last_of(directory)['epoch'] == 4
+
+
+def same_weights(a, b):
+    return all(torch.equal(v, b['state_dict'][k]) for k, v in a['state_dict'].items())
+
+
+def test_best_is_kept_where_the_disk_is_full_for_it_alone(monkeypatch):
+    evaluations(monkeypatch, *[dict(pgd10=v) for v in (0.1, 0.4, 0.2, 0.3)])
+    save, attempts = models.save_checkpoint, []
+    def full(content, path):
+        if path.endswith('best.pt') and content['epoch'] == 2:
+            attempts.append(1)
+            if len(attempts) < 3:
+                raise OSError(28, 'No space left on device')
+        save(content, path)
+    monkeypatch.setattr(models, 'save_checkpoint', full)
+    _, told = main_of('train_at', TINY, '--epochs 4')
+    assert told.count('No space') == 2 and last_of()['epoch'] == 4
+    best = last_of(name='best')
+    assert best['epoch'] == 2 and len(best['log']) == 2
+    assert not same_weights(best, last_of())  # those of epoch 2, not what they have become
+
+
+def test_what_makes_another_run_is_in_its_name():
+    def name(flags, script='train_trades'):
+        return importlib.import_module(script).parse_args(flags.split()).model_dir
+    assert name('') == name('--lr 0.1 --batch-size 128') == 'runs/cifar10-trades-seed1'
+    assert name('--entropy-weight --beta 5.5') == 'runs/cifar10-ew-trades-beta5.5-seed1'
+    flags = ['--arch wideresnet34-10', '--entropy-weight --tau inf', '--awp-gamma 0.005',
+             '--ema 0.995', '--extra-data x/a.npz', '--extra-data x/b.npz', '--epsilon 4/255',
+             '--num-steps 7', '--epochs 30', '--lr-schedule cosine', '--val-size 1000', '--amp',
+             '--no-amp', '--init-from a/last.pt', '--init-from b/last.pt', '--seed 2',
+             '--lr-milestones 3 4', '--lr-milestones 34', '--dataset mnist', '--beta 5', '--beta 5.5']
+    assert len({name(f) for f in [*flags, '']}) == len(flags) + 1
+    told = {'--log-interval 5', '--save-freq 3', '--data-dir x', '--no-cuda', '--allow-chance'}
+    assert {name(f) for f in told} == {name('')}
+    assert name('--begin-epoch 3', 'train_gairat') == 'runs/cifar10-gairat-begin-epoch3-seed1'
+
+
+@pytest.mark.parametrize('script, flags', [
+    ('train_at', '--tau 5'), ('train_at', '--tau=inf'), ('train_at', '--awp-warmup 3'),
+    ('train_at', '--extra-fraction 0.5'), ('train_at', '--lr-schedule cosine --lr-milestones 3'),
+    ('train_at', '--val-size 10 --test-size 5'), ('train_at', '--awp-gamma 0.1 --epochs 5'),
+    ('train_gairat', '--begin-epoch 21'), ('evaluate', '--tsne-classes 1 2'),
+    ('evaluate', '--ls-scale 5 --attacks pgd20'), ('evaluate', '--restarts 5 --attacks fgsm'),
+    ('evaluate', '--aa-epsilon 0.031 --attacks pgd20'),
+    ('evaluate', '--entropy-threshold 1 --attacks ls')])
+def test_a_flag_without_effect_is_a_mistake(script, flags):
+    needed = '--model-path none.pt' if script == 'evaluate' else '--dataset digits'
+    told = fails(script, needed, flags)
+    assert 'no effect' in told or 'past the last epoch' in told
+    assert os.listdir() == []
+
+
+def test_config_is_json_for_any_parser_and_keeps_the_first_command(monkeypatch):
+    def refuse(constant):
+        raise ValueError(constant)
+    def config():
+        return json.loads(Path('run/config.json').read_text(), parse_constant=refuse)
+    main_of('train_gairat', TINY, '--entropy-weight --tau inf --psi inf --epochs 1')
+    first = config()
+    assert first['args']['tau'] == 'Infinity' and '--tau' in first['command']
+    main_of('train_gairat', '--resume run/last.pt --epochs 2')  # of a file in it as well
+    assert config()['command'] == first['command'] and config()['args']['epochs'] == 2
+    assert [words[1] for words in config()['resumed']] == ['--resume']
+    def full(path, *args, **options):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(models, 'replacing', full)
+    _, told = main_of('train_gairat', TINY, '--model-dir full', status=1)
+    assert 'config.json could not be written' in told
+
+
+def test_a_run_goes_on_on_the_kind_of_device_it_began_on(runs, monkeypatch):
+    shutil.copytree(runs['at'], 'run')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert train_at.parse_args(['--resume', 'run']).no_cuda
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    models.save_checkpoint(last_of() | {'device': 'cuda'}, 'run/last.pt')
+    assert 'CUDA' in fails('train_at', '--resume run')
+
+
+@pytest.mark.parametrize('flag, told', [
+    ('--ema 2', "'2' is not a number in (0, 1)"), ('--seed -1', 'from 0 to 4294967295'),
+    ('--seed 4294967296', 'from 0'), ('--epsilon 8', 'write 8/255'), ('--lr inf', '(0, inf)'),
+    (f'--epochs {"9" * 5000}', 'whole number from 1')])
+def test_a_wrong_number_is_told_what_is_right(flag, told):
+    line = fails('train_at', f'--dataset digits {flag}')
+    assert told in line and ('8/255' in line) == ('epsilon' in flag)
+
+
+def test_bfloat16_where_there_is_none_is_said(monkeypatch):
+    monkeypatch.setattr(models, 'has_bfloat16', lambda device: False)
+    run = '--train-size 8 --epochs 1 --batch-size 4'
+    assert main_of('train_at', TINY, run, '--amp')[1].count('leave --amp out\n') == 1
+    assert main_of('train_at', TINY, run, '--model-dir b')[1] == ''
+
+
+def test_reports_that_cannot_be_written_end_no_run():
+    for out, err in (('/dev/full', '/dev/null'), ('/dev/null', '/dev/full')):
+        shutil.rmtree('run', ignore_errors=True)
+        command = [sys.executable, str(ROOT / 'train_at.py'), *TINY.split(), '--epochs', '1']
+        with open(out, 'w') as a, open(err, 'w') as b:
+            assert subprocess.run(command, stdout=a, stderr=b).returncode == 0
+        assert last_of()['epoch'] == 1
+    command = [sys.executable, str(ROOT / 'evaluate.py'), '--model-path', 'run/last.pt', '--csv',
+               'a.csv', '--attacks', 'fgsm', '--n-examples', '5']
+    with open('/dev/full', 'w') as full:
+        assert subprocess.run(command, stdout=full, stderr=full).returncode == 0
+    assert os.path.exists('a.csv')
+
+
+def test_a_file_system_without_locks_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, 'flock', Mock(side_effect=OSError(38, 'Function not implemented')))
+    monkeypatch.setattr(data.lock, 'said', False)
+    _, told = main_of('train_at', TINY, '--epochs 1')
+    assert told.count('\n') == 1 and 'run/.lock' in told and 'Function not implemented' in told
+    _, told = main_of('evaluate', '--model-path run/best.pt --attacks fgsm --n-examples 4')
+    assert 'locks' not in told and os.path.exists('run/best.pt.eval.json')
+
+
+@pytest.mark.parametrize('damaged', ['train-images-idx3-ubyte', 'train-labels-idx1-ubyte'])
+@pytest.mark.parametrize('keep', [0, 7, 100])
+def test_a_damaged_file_of_mnist_is_named(damaged, keep):
+    os.makedirs('data/MNIST/raw')
+    for split in ('train', 't10k'):
+        for name, shape in (('images-idx3', (20, 28, 28)), ('labels-idx1', (20,))):
+            head = bytes([0, 0, 8, len(shape)]) + b''.join(n.to_bytes(4, 'big') for n in shape)
+            content = head + bytes(math.prod(shape))
+            Path(f'data/MNIST/raw/{split}-{name}-ubyte').write_bytes(content)
+    assert len(data.load_data('mnist', 'data')[0]) == 20
+    path = Path('data/MNIST/raw', damaged)
+    path.write_bytes(path.read_bytes()[:min(keep, 20)])
+    assert f'{path}: damaged' in fails('train_at', '--dataset mnist --data-dir data')
+
+
+def test_names_are_not_markup(trained, capsys):
+    names = ['_old', 'a|b', '$x$', 'ü\udcff', 'tab\there', '%s{}']
+    for i, name in enumerate(names):
+        torch.save(trained.state_dict(), f'{name}.pt')
+    code, out, _ = evaluated(capsys, '--model-path', *[f'{n}.pt' for n in names], '--dataset',
+                             'digits', '--attacks', 'pgd20', '--n-examples', 12, '--figures', 'f',
+                             '--csv', 'a.csv', '--json', 'a.json')
+    assert code == 0 and r'| a\|b |' in out and '| _old |' in out and 'tab here' in out
+    assert [row['model'] for row in csv.DictReader(open('a.csv', encoding='utf-8', newline=''))] == [
+        n.replace('\udcff', '?') for n in names]
+    assert [m['model'] for m in json.load(open('a.json', encoding='utf-8'))['models']] == names
+    assert evaluate.shorten('_old') == ' _old' and evaluate.shorten('$x$') == r'\$x\$'
+    latin = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    data.say('ü…', latin)
+    assert latin.buffer.getvalue() == b'??\n'
+
+
+def test_weights_without_bookkeeping_and_what_stands_beside_them(trained):
+    wide = models.build_model('wideresnet10-1')
+    state = {k: v for k, v in wide.state_dict().items() if 'num_batches_tracked' not in k}
+    beside = {'path': Path('a/b'), 'when': datetime.date(2020, 1, 1), 'meter': Counter('abc'),
+              'args': argparse.Namespace(data=Path('c'), kind=types.SimpleNamespace(a=1))}
+    torch.save({'state_dict': state, **beside}, 'a.pt')
+    assert torch.equal(models.load_model('a.pt').fc.weight, wide.fc.weight)
+    torch.save({'state_dict': state, 'x': Evil()}, 'b.pt')
+    with pytest.raises(ValueError, match='refused.*system.*weights alone'):
+        models.load_model('b.pt')
+    assert not os.path.exists('ran')
+
+
+@pytest.mark.parametrize('names', ['mu sigma ', 'normalize.mean normalize.std model.', 'mean std model.',
+                                   '0.mean 0.std 1.', 'module.mu module.sigma module.net.'])
+def test_a_normalization_in_the_file_is_used(names, trained):
+    mean, std, prefix = names.split(' ')
+    state = {f'{prefix}{k}': v for k, v in trained.state_dict().items()}
+    torch.save({mean: torch.tensor([0.25]).view(1, 1, 1, 1), std: torch.tensor([0.5])} | state, 'a.pt')
+    x = torch.rand(3, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(models.load_model('a.pt')(x), trained((x - 0.25) / 0.5))
+    with pytest.raises(ValueError, match='a normalization of its own'):
+        models.load_model('a.pt', normalize='0.5/0.5')
+
+
+def test_networks_of_others_are_named_as_such():
+    names = [f'layer{i}.{j}.conv1.weight' for i in (1, 2, 3) for j in (0, 1, 2)]
+    resnet20 = {'conv1.weight': torch.zeros(16, 3, 3, 3), 'bn1.weight': torch.zeros(16),
+                'linear.weight': torch.zeros(10, 64), **{n: torch.zeros(1) for n in names}}
+    for state, told in ((resnet20, r'a ResNet of \[3, 3, 3, 0\] blocks'),
+                        ({'0.weight': torch.zeros(2, 2)}, 'known are preactresnet18')):
+        torch.save(state, 'a.pt')
+        with pytest.raises(ValueError, match=told):
+            models.load_model('a.pt')
+
+
+def test_printed_commands_can_be_pasted(runs):
+    shutil.copytree(runs['at'], "a run'")
+    script = str(ROOT / 'train_at.py')
+    done = python(script, '--resume', "a run'", '--epochs', 3)
+    command = shlex.split(done.stdout.split('Next: ')[1])
+    assert command == ['python', str(ROOT / 'evaluate.py'), '--model-path', "a run'/best.pt"]
+
+
+def test_a_launchers_variables_without_a_launcher(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('LOCAL_RANK', '3')
+    _, told = main_of('train_at', TINY, '--epochs 1')
+    assert told.count('\n') == 1 and 'WORLD_SIZE=2' in told and 'one process' in told
+    monkeypatch.setenv('WORLD_SIZE', 'two')
+    assert 'WORLD_SIZE' in fails('train_at', TINY, '--model-dir b')
+
+
+def test_compilation_that_cannot_be_is_one_line(monkeypatch):
+    def no_compiler(f, **options):
+        raise RuntimeError('no C++ compiler\nand 80 lines')
+    monkeypatch.setattr(torch, 'compile', no_compiler)
+    assert 'no C++ compiler' in fails('train_at', TINY, '--compile') and os.listdir() == []
+
+
+def test_autoattack_with_few_classes_is_refused_beforehand(monkeypatch, capsys):
+    pytest.importorskip('pyautoattack')
+    monkeypatch.setitem(data.DATASETS, 'digits', replace(data.DATASETS['digits'], num_classes=7))
+    torch.save(models.build_model('smallcnn', 7).state_dict(), 'a.pt')
+    argv = ['--model-path', 'a.pt', '--dataset', 'digits', '--attacks']
+    code, _, err = evaluated(capsys, *argv, 'autoattack')
+    assert code == 2 and '7 classes' in err and 'apgd-ce and square work' in err
+
+
+def test_milestones_by_data_set_are_such_as_the_flag_takes():
+    for epochs in range(1, 30):
+        milestones = parsed('--epochs', epochs).lr_milestones
+        given = ' '.join(map(str, milestones))
+        assert parsed('--epochs', epochs, '--lr-milestones', given).lr_milestones == milestones
+
+
+def test_an_interrupted_load_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(models, 'load_model', Mock(side_effect=KeyboardInterrupt))
+    code, out, err = evaluated(capsys, '--model-path', 'a.pt')
+    assert (code, out) == (130, '') and err.count('\n') == 1
 
 
 # ---------------------------------------------------------------- the README
