@@ -440,6 +440,9 @@ def synchronize(device):
 def init_processes(device):
     """(rank, number of processes): (0, 1), or what torchrun says; then torch.distributed runs."""
     rank, world = data.launched()
+    if world == 1 and os.environ.get('WORLD_SIZE', '1') != '1':
+        data.say(f'WORLD_SIZE={os.environ["WORLD_SIZE"]} is set, but not RANK, MASTER_ADDR and '
+                 'MASTER_PORT: running as one process', sys.stderr)
     if world > 1 and not torch.distributed.is_initialized():
         if device.type == 'cuda':
             torch.cuda.set_device(device)

@@ -364,11 +364,8 @@ def whole(minimum, maximum=2 ** 63 - 1):
 
 
 class Stop(Exception):
-    """The end of a command that is not success: what to say on stderr, and the exit status."""
-
-    def __init__(self, line, status):
-        super().__init__(line)
-        self.line, self.status = line, status
+    """Stop(line, status): the end of a command that is not success, with a line for stderr or None,
+    and the exit status."""
 
 
 @contextlib.contextmanager
@@ -387,7 +384,7 @@ def command():
         yield
         return
     except Stop as stop:
-        line, status = stop.line, stop.status
+        line, status = stop.args
     except torch.OutOfMemoryError:
         line, status = 'out of GPU memory: a smaller --batch-size needs less', 1
     except KeyboardInterrupt:
@@ -437,19 +434,12 @@ def launched():
 
     Raises ValueError where a variable is not a number.
     """
-    variables = 'RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
-    missing = [name for name in variables if name not in os.environ]
     try:
-        world = int(os.environ.get('WORLD_SIZE', 1))
-        rank = int(os.environ.get('RANK', 0))
+        rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     except ValueError as error:
         raise ValueError(f'RANK or WORLD_SIZE in the environment: {error}') from None
-    if missing:
-        if world > 1:
-            say(f'WORLD_SIZE={world} is set, but not {", ".join(missing)}: running as one process',
-                sys.stderr)
-        return 0, 1
-    return rank, world
+    complete = {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys()
+    return (rank, world) if complete else (0, 1)
 
 
 def pick_device(no_cuda=False):

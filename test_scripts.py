@@ -812,7 +812,8 @@ def fake_cuda(monkeypatch):
     spy(monkeypatch, bookkeeping.Run, 'begin', lambda _, run, *args: networks.append(run.model))
     @torch.no_grad()
     def lerp(averages, weights, _):  # one by one: torch's for lists corrupts memory here
-        assert [a.lerp_(w, 0.1).device for a, w in zip(averages, weights)] == [device] * len(weights)
+        for a, w in zip(averages, weights, strict=True):
+            assert a.lerp_(w, 0.1).device == device
     def fused(params, grads, momenta, **options):  # has no computation of shapes
         assert {t.device for t in params + grads} == {device} and len(params) == len(grads) > 0
     monkeypatch.setattr(torch.autograd, 'grad', grad)
@@ -1764,7 +1765,8 @@ def test_what_makes_another_run_is_in_its_name():
              '--ema 0.995', '--extra-data x/a.npz', '--extra-data x/b.npz', '--epsilon 4/255',
              '--num-steps 7', '--epochs 30', '--lr-schedule cosine', '--val-size 1000', '--amp',
              '--no-amp', '--init-from a/last.pt', '--init-from b/last.pt', '--seed 2',
-             '--lr-milestones 3 4', '--lr-milestones 34', '--dataset mnist', '--beta 5', '--beta 5.5']
+             '--lr-milestones 3 4', '--lr-milestones 34', '--dataset mnist', '--beta 5',
+             '--beta 5.5']
     assert len({name(f) for f in [*flags, '']}) == len(flags) + 1
     told = {'--log-interval 5', '--save-freq 3', '--data-dir x', '--no-cuda', '--allow-chance'}
     assert {name(f) for f in told} == {name('')}
@@ -1875,8 +1877,9 @@ def test_names_are_not_markup(trained, capsys):
                              'digits', '--attacks', 'pgd20', '--n-examples', 12, '--figures', 'f',
                              '--csv', 'a.csv', '--json', 'a.json')
     assert code == 0 and r'| a\|b |' in out and '| _old |' in out and 'tab here' in out
-    assert [row['model'] for row in csv.DictReader(open('a.csv', encoding='utf-8', newline=''))] == [
-        n.replace('\udcff', '?') for n in names]
+    with open('a.csv', encoding='utf-8', newline='') as f:
+        assert [row['model'] for row in csv.DictReader(f)] == [
+            n.replace('\udcff', '?') for n in names]
     assert [m['model'] for m in json.load(open('a.json', encoding='utf-8'))['models']] == names
     assert evaluate.shorten('_old') == ' _old' and evaluate.shorten('$x$') == r'\$x\$'
     latin = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
@@ -1897,12 +1900,14 @@ def test_weights_without_bookkeeping_and_what_stands_beside_them(trained):
     assert not os.path.exists('ran')
 
 
-@pytest.mark.parametrize('names', ['mu sigma ', 'normalize.mean normalize.std model.', 'mean std model.',
-                                   '0.mean 0.std 1.', 'module.mu module.sigma module.net.'])
+@pytest.mark.parametrize('names', [
+    'mu sigma ', 'normalize.mean normalize.std model.', 'mean std model.', '0.mean 0.std 1.',
+    'module.mu module.sigma module.net.'])
 def test_a_normalization_in_the_file_is_used(names, trained):
     mean, std, prefix = names.split(' ')
     state = {f'{prefix}{k}': v for k, v in trained.state_dict().items()}
-    torch.save({mean: torch.tensor([0.25]).view(1, 1, 1, 1), std: torch.tensor([0.5])} | state, 'a.pt')
+    state |= {mean: torch.tensor([0.25]).view(1, 1, 1, 1), std: torch.tensor([0.5])}
+    torch.save(state, 'a.pt')
     x = torch.rand(3, 1, 28, 28)
     with torch.no_grad():
         torch.testing.assert_close(models.load_model('a.pt')(x), trained((x - 0.25) / 0.5))
