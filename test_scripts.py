@@ -823,7 +823,7 @@ def fake_cuda(monkeypatch):
     build = models.build_model  # a deep copy crashes
     monkeypatch.setattr(models, 'copy_of', lambda model: build('wideresnet10-1').to(device))
     monkeypatch.setattr(FakeTensor, 'tolist', lambda values: [0.5] * len(values))
-    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: [2 ** 33])
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: [0])  # extra data stays out
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *emulated: True)
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
     monkeypatch.setattr(data, 'pick_device', lambda no_cuda: device)
