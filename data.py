@@ -347,9 +347,7 @@ def real(interval, hint=''):
     return convert
 
 
-def pixels():
-    """The type of a flag that is a length in pixels scaled to [0, 1]."""
-    return real('(0, 1]', '; pixels are in [0, 1]: write 8/255')
+pixels = real('(0, 1]', '; pixels are in [0, 1]: write 8/255')  # a length in them
 
 
 def whole(minimum, maximum=2 ** 63 - 1):

@@ -571,9 +571,9 @@ def parse_args(argv=None):
         help=f"from {', '.join(ATTACKS)}; clean is always there")
     radii = ', '.join(f"{name} {epsilon_text(spec.protocol['epsilon'])}"
                       for name, spec in data.DATASETS.items())
-    add('--epsilon', type=data.pixels(), metavar='E', help='L-infinity radius, pixels in [0, 1]; '
+    add('--epsilon', type=data.pixels, metavar='E', help='L-infinity radius, pixels in [0, 1]; '
         f'the steps scale with it (default: {radii})')
-    add('--aa-epsilon', type=data.pixels(), metavar='E', help='another radius for autoattack and '
+    add('--aa-epsilon', type=data.pixels, metavar='E', help='another radius for autoattack and '
         "its four; the paper's is 0.031 on CIFAR (default: --epsilon)")
     add('--restarts', type=data.whole(1), default=1, metavar='N',
         help='random starts of PGD and LS, from 1')

@@ -369,6 +369,30 @@ def test_agrees_with_the_official_code(make, side, name, steps, dtype, tolerance
         close(a.grad, b.grad, tolerance)
 
 
+@pytest.mark.parametrize('name', ['trades', 'mart'])
+def test_the_official_training_loop_gives_the_same_weights(name):
+    """Without batch normalization, whose statistics TRADES' official code moves once more a step."""
+    weights, attack = [], dict(step_size=0.02, epsilon=0.1)
+    for ours in (True, False):
+        model = small_cnn().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        torch.manual_seed(9)
+        for _ in range(3):
+            images, target = batch(model, 6, torch.float64, 28)
+            optimizer.zero_grad()
+            if ours:
+                loss = getattr(SCRIPTS[name], f'{name}_loss')(
+                    model=model, x_natural=images, y=target, optimizer=optimizer, perturb_steps=3,
+                    beta=6.0, distance='l_inf', **attack)
+            else:
+                loss = official(name, model, images, target, *attack.values(), 3, 6.0)
+                optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    close(*weights, 1e-8)
+
+
 # ---------------------------------------------------------------- the attacks
 
 @every_script

@@ -138,8 +138,8 @@ def parse_args(argv=None):
         help='EWAT: add the entropy weight w to the coefficient of each loss term in x_adv')
     add('--tau', type=data.real('(0, inf]'), default=1.0,
         help='temperature of the entropy, above 0; inf: w = 1, the control without entropy')
-    add('--epsilon', type=data.pixels(), help='L-infinity radius, pixels in [0, 1]; by data set')
-    add('--step-size', type=data.pixels(), help='of the attack, e.g. 2/255; by data set')
+    add('--epsilon', type=data.pixels, help='L-infinity radius, pixels in [0, 1]; by data set')
+    add('--step-size', type=data.pixels, help='of the attack, e.g. 2/255; by data set')
     add('--num-steps', type=data.whole(1), help='of the attack; by data set')
     data.add_data_args(parser)
     add = parser.add_argument_group('optimisation').add_argument
