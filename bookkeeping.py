@@ -61,7 +61,7 @@ def complete_args(parser, argv, algorithm):
     data.fill_protocol(args)
     parser.refuse_idle(argv, {
         '--tau': (args.entropy_weight, 'without --entropy-weight'),
-        '--awp-gamma': (args.awp_warmup < args.epochs,
+        '--awp-gamma': (not args.awp_gamma or args.awp_warmup < args.epochs,
                         f'in {args.epochs} epochs with --awp-warmup {args.awp_warmup}'),
         '--awp-warmup': (args.awp_gamma, 'without --awp-gamma'),
         '--extra-fraction': (args.extra_data, 'without --extra-data'),

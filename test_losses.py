@@ -371,7 +371,7 @@ def test_agrees_with_the_official_code(make, side, name, steps, dtype, tolerance
 
 @pytest.mark.parametrize('name', ['trades', 'mart'])
 def test_the_official_training_loop_gives_the_same_weights(name):
-    """Without batch normalization, whose statistics TRADES' official code moves once more a step."""
+    """Without batch normalization: the official TRADES moves its statistics once more a step."""
     weights, attack = [], dict(step_size=0.02, epsilon=0.1)
     for ours in (True, False):
         model = small_cnn().double()
