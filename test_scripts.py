@@ -487,14 +487,22 @@ TERMINATED = 'os.kill(os.getppid(), signal.SIGTERM)\nwhile not run.signal: time.
 
 
 def torchrun(end, methods, flags):
+    """Tried anew where Gloo aborted a process, as it does now and then."""
     Path('several.py').write_text(SCRIPT)
-    return python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', 'several.py',
-                  end, 2, methods, *flags.split())
+    for _ in range(4):
+        for method in methods.split(',') * ('--resume' not in flags):
+            shutil.rmtree(method, ignore_errors=True)
+        done = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
+                      'several.py', end, 2, methods, *flags.split())
+        if 'SIGABRT' not in done.stderr:
+            break
+    return done
 
 
 def test_two_processes_are_one_and_go_on_when_terminated(monkeypatch):
     done = torchrun('', ','.join(METHODS), SHARED)
-    assert done.returncode == 0 and done.stdout.count('best epoch') == 8, done  # one speaks
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('best epoch') == 8  # one speaks
     monkeypatch.setattr(torch.nn.Dropout, 'forward', lambda self, x: x)
     for name, (script, flag) in METHODS.items():
         main_of(script, SHARED, flag, '--model-dir one')
