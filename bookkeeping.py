@@ -174,7 +174,7 @@ class Run:
                  f'{self.about["versions"]["device"]}; kept in {args.model_dir}; best.pt is '
                  'selected on the '
                  + ('validation images' if args.val_size else 'test images (optimistic)'))
-        if args.amp and not models.has_bfloat16(self.device):
+        if args.amp and not models.has_bfloat16(self.device) and self.rank == 0:
             data.say('--amp: this CPU has no bfloat16 units, float32 is many times as fast: '
                      'leave --amp out', sys.stderr)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -209,12 +209,11 @@ class Run:
     def steps(self, num_steps):
         """The steps of an epoch that are still to be done, from 0; after_step counts them."""
         self.num_steps, self.first = num_steps, self.step
-        first = self.first
         self.finite = torch.zeros((), device=self.device)  # steps until the loss was not
-        warm_up = first + min(10, (num_steps - first) // 2)  # which the images/s leave out
+        warm_up = self.step + min(10, (num_steps - self.step) // 2)  # which the images/s leave out
         start = time.time()
-        self.bar = tqdm(range(first, num_steps), f'epoch {self.epoch + 1}/{self.args.epochs}',
-                        num_steps, initial=first, unit='batch', leave=False,
+        self.bar = tqdm(range(self.step, num_steps), f'epoch {self.epoch + 1}/{self.args.epochs}',
+                        num_steps, initial=self.step, unit='batch', leave=False,
                         disable=None if self.rank == 0 else True)
         for step in self.bar:
             if step == warm_up:

@@ -52,7 +52,14 @@ class Network(nn.Module):
         return self.embed(x)
 
     def set_normalization(self, mean, std):
-        """Put the normalization (x - mean) / std into the network, but not into its state_dict."""
+        """Put (x - mean) / std into the network, but not into its state_dict.
+
+        mean, std: lists of one number or of one for each channel; ValueError for others.
+        """
+        finite = all(map(math.isfinite, [*mean, *std])) and min(std) > 0
+        if not finite or not {len(mean), len(std)} <= {1, self.in_channels}:
+            raise ValueError(f'normalization by mean {mean} and std {std}: not finite, std not '
+                             f'above 0, or not of {self.in_channels}-channel images')
         for name, values in (('mean', mean), ('std', std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
@@ -214,6 +221,8 @@ def build_model(arch, num_classes=10, in_channels=None, final_bn=True, init_from
     """
     if init_from:
         model = load_model(init_from, arch, num_classes)
+        if hasattr(model, 'mean'):
+            raise ValueError(f'{init_from}: holds a normalization, which no run keeps')
         if model.in_channels != in_channels:
             raise ValueError(f'{init_from}: takes {model.in_channels}-channel images, '
                              f'not {in_channels}')
@@ -275,8 +284,9 @@ class StandIn:
 
 
 # What has no business beside weights: a file that names it is refused
-SUSPICIOUS = {'os', 'posix', 'nt', 'sys', 'subprocess', 'builtins', '__builtin__', 'importlib',
-              'runpy', 'shutil', 'socket', 'pty', 'pickle', 'code', 'ctypes', 'webbrowser'}
+SUSPICIOUS = {'os', 'posix', 'nt', 'sys', 'subprocess', 'importlib', 'runpy', 'shutil', 'socket',
+              'pty', 'pickle', 'code', 'ctypes', 'webbrowser', 'eval', 'exec', 'compile', 'open',
+              'getattr', 'setattr', '__import__', 'breakpoint'}
 
 
 def read_checkpoint(path):
@@ -304,14 +314,15 @@ def read_checkpoint(path):
                 raise zipfile.BadZipFile(damaged)
             return content
         except Exception as error:  # a parser of arbitrary bytes raises whatever it stumbles on
-            found = re.search(r'GLOBAL ([\w.]+)|[Cc]lass ([\w.]+)', str(error))
+            found = re.search(r"GLOBAL ([\w.]+)|[Cc]lass '?([\w.]+)", str(error))
             code = found and (found[1] or found[2])
             # how torch.save's files begin, the new and the old format
             well = head.startswith((b'PK\3\4', b'\x80\2\x8a\nl\xfc\x9cF\xf9'))
             if isinstance(error, pickle.UnpicklingError) and code:
                 module, _, name = code.rpartition('.')
-                if well and module.split('.')[0] not in SUSPICIOUS and code not in stand_ins:
-                    stand_ins[code] = type(name, (StandIn,), {'__module__': module})
+                if well and code.split('.')[0] not in SUSPICIOUS and code not in stand_ins:
+                    where = {'__module__': module or 'builtins'}
+                    stand_ins[code] = type(name, (StandIn,), where)
                     continue
                 reason = (f'refused, its pickle would run code ({code}); if you trust it, save its '
                           'weights alone: torch.save(torch.load(FILE, weights_only=False)'
@@ -410,13 +421,10 @@ def parse_normalization(text):
         return NORMALIZATIONS[text]
     try:
         mean, std = ([float(v) for v in part.split(',')] for part in text.split('/'))
-        finite = all(map(math.isfinite, mean + std))
-        if len(mean) in (1, 3) and len(std) in (1, 3) and finite and min(std) > 0:
-            return mean, std
+        return mean, std
     except ValueError:
-        pass
-    raise ValueError(f"normalize '{text}' is not none, cifar10, cifar100 or MEAN/STD such as "
-                     '0.5,0.5,0.5/0.25,0.25,0.25')
+        raise ValueError(f"normalize '{text}' is not none, cifar10, cifar100 or MEAN/STD such as "
+                         '0.5,0.5,0.5/0.25,0.25,0.25') from None
 
 
 def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
@@ -466,9 +474,6 @@ def load_model(path, arch=None, num_classes=None, normalize=None, device='cpu'):
         if odd:
             raise ValueError(f'{odd} is not finite: the training that wrote it diverged')
         if normalize:
-            channels = max(map(len, normalize))
-            if channels not in (1, in_channels):
-                raise ValueError(f'takes {in_channels}-channel images, normalize has {channels}')
             model.set_normalization(*normalize)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'{path}: {error}') from None

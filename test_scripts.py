@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import types
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -1552,7 +1552,7 @@ def test_normalization_is_inside_the_network(trained, tmp_path):
         torch.testing.assert_close(models.load_model(tmp_path / 'b.pt', normalize='cifar10')(x),
                                    wide((x - mean) / std))
     for wrong in ('0.5', '0.5/0', '0.5/nan', 'inf/1', '1,2/1', 'imagenet'):
-        with pytest.raises(ValueError, match='normalize'):
+        with pytest.raises(ValueError, match='b.pt: .*normaliz|^normalize'):
             models.load_model(tmp_path / 'b.pt', normalize=wrong)
 
 
@@ -1899,13 +1899,18 @@ def test_weights_without_bookkeeping_and_what_stands_beside_them(trained):
     wide = models.build_model('wideresnet10-1')
     state = {k: v for k, v in wide.state_dict().items() if 'num_batches_tracked' not in k}
     beside = {'path': Path('a/b'), 'when': datetime.date(2020, 1, 1), 'meter': Counter('abc'),
-              'args': argparse.Namespace(data=Path('c'), kind=types.SimpleNamespace(a=1))}
+              'args': argparse.Namespace(data=Path('c'), kind=types.SimpleNamespace(a=1)),
+              'builtins': [{1}, frozenset('a'), slice(2), range(3), 1j, defaultdict(int)],
+              'sgd': torch.optim.SGD(wide.parameters(), 0.1)}
     torch.save({'state_dict': state, **beside}, 'a.pt')
     assert torch.equal(models.load_model('a.pt').fc.weight, wide.fc.weight)
     torch.save({'state_dict': state, 'x': Evil()}, 'b.pt')
     with pytest.raises(ValueError, match='refused.*system.*weights alone'):
         models.load_model('b.pt')
     assert not os.path.exists('ran')
+    torch.save({'state_dict': state, 'losses': deque([1.0])}, 'c.pt')  # which torch cannot stand in
+    with pytest.raises(ValueError, match='refused.*deque.*weights alone'):
+        models.load_model('c.pt')
 
 
 @pytest.mark.parametrize('names', [
@@ -1921,6 +1926,10 @@ def test_a_normalization_in_the_file_is_used(names, trained):
         torch.testing.assert_close(models.load_model('a.pt')(x), trained((x - 0.25) / 0.5))
     with pytest.raises(ValueError, match='a normalization of its own'):
         models.load_model('a.pt', normalize='0.5/0.5')
+    assert 'a normalization, which no run keeps' in fails('train_at', TINY, '--init-from a.pt')
+    torch.save(state | {std: torch.tensor([0.0])}, 'a.pt')
+    with pytest.raises(ValueError, match='normalization by .* std not above 0'):
+        models.load_model('a.pt')
 
 
 def test_networks_of_others_are_named_as_such():
@@ -1932,6 +1941,26 @@ def test_networks_of_others_are_named_as_such():
         torch.save(state, 'a.pt')
         with pytest.raises(ValueError, match=told):
             models.load_model('a.pt')
+
+
+def test_a_run_starts_from_weights_and_says_so(runs, monkeypatch):
+    first, weights = [], runs['ew-trades'] / 'last.pt'
+    spy(monkeypatch, train_at, 'loss_function', lambda loss, model, **options: first.append(
+        comparable(model.classifier.fc3.weight.detach())))
+    shutil.copy(weights, 'burn-in.pt')
+    main_of('train_at', '--dataset digits --no-cuda --epochs 1 --train-size 52 --test-size 16',
+            '--init-from burn-in.pt')
+    assert first[0] == comparable(models.load_model(weights).classifier.fc3.weight.detach())
+    run, = Path('runs').iterdir()
+    assert 'init-from-burn-in' in run.name
+    assert last_of(run)['args']['init_from'] == 'burn-in.pt'
+    os.remove('burn-in.pt')  # its weights are in the run
+    main_of('train_at', '--resume', run, '--epochs 2')
+    for wrong, told in ((models.build_model('smallcnn', 7), 'has 7 classes, not 10'),
+                        (models.build_model('smallcnn', 10, 3), 'takes 3-channel images, not 1'),
+                        (models.build_model('resnet18', 10, 1), 'does not fit smallcnn')):
+        torch.save(wrong.state_dict(), 'wrong.pt')
+        assert f'wrong.pt: {told}' in fails('train_at', TINY, '--init-from wrong.pt')
 
 
 def test_printed_commands_can_be_pasted(runs):
