@@ -3,7 +3,6 @@
 Nothing here knows an algorithm, and no number of a run depends on it: random draws follow from
 (seed, epoch, step), so what a run is resumed from is its weights, its optimizer and its log.
 """
-import atexit
 import contextlib
 import copy
 import csv
@@ -86,6 +85,8 @@ def resumed_args(parser, argv, directory, algorithm):
         saved['no_cuda'] = True
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
+    if not any(word.startswith('--arch') for word in argv or sys.argv[1:]):
+        models.refuse_unnamed(args.arch, directory)
     args.resume = directory
     for name, value in saved.items():
         given = getattr(args, name)
@@ -102,7 +103,8 @@ def run_name(args, chosen, algorithm):
     """
     told = {'dataset', 'entropy_weight', 'seed', 'no_cuda', *RESUMABLE} - {'epochs'}
     protocol = data.default_protocol(args.dataset, args.epochs)
-    parts = [args.dataset, ('ew-' if args.entropy_weight else '') + algorithm]
+    dataset = os.path.splitext(os.path.basename(args.dataset))[0]
+    parts = [dataset, ('ew-' if args.entropy_weight else '') + algorithm]
     for name, value in chosen.items():
         flag = name.replace('_', '-')
         if name in told or value == protocol.get(name):
@@ -110,6 +112,8 @@ def run_name(args, chosen, algorithm):
         if isinstance(value, bool):
             parts.append(flag if value else f'no-{flag}')
         elif isinstance(value, str):
+            if name == 'arch':
+                value = os.path.basename(value).replace('.py:', '-')
             value = re.sub(r'[^\w.]+', '-', os.path.splitext(value)[0]).strip('-')
             parts.append(value if name == 'arch' else f'{flag}-{value}')
         else:
@@ -137,21 +141,24 @@ class Run:
     def __init__(self, args, algorithm):
         self.args, self.algorithm = args, algorithm
         self.device = data.pick_device(args.no_cuda)
-        self.rank, self.world = init_processes(self.device)
+        self.rank, self.world = data.init_processes(self.device)
         self.epoch, self.step, self.seconds, self.log = 0, 0, 0.0, []
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # loss of the epoch
         self.failure = None  # of the last attempt to save
         self.unsaved = {}  # {name: content} that could not be written yet
         self.signal = 0  # that asks for the end
 
-    def begin(self, images_per_epoch, model, optimizer, ema):
+    def begin(self, images, model, optimizer, ema):
         """Claim the directory and, to go on with a run, restore it.
 
-        images_per_epoch: a number; ema: the averaged network or None. Raises ValueError or OSError.
+        images: the data.TrainingData; ema: the averaged network or None. Raises ValueError, where
+        the network does not fit the images as well, or OSError.
         """
-        self.images_per_epoch = images_per_epoch
+        self.images_per_epoch, self.num_classes = images.images_per_epoch, images.num_classes
         self.model, self.optimizer, self.ema = model, optimizer, ema
         args = self.args
+        models.check_fit(model, images.shape, images.num_classes,
+                         f'{args.init_from or args.arch}, on {args.dataset}')
         if self.rank == 0:
             self.lock = claim_directory(args.model_dir, new=not args.resume)
         if args.resume:
@@ -165,12 +172,13 @@ class Run:
             self.total.fill_(saved['total'])
         self.began, self.saved_at = time.time() - self.seconds, time.time()
         self.about = {'algorithm': self.algorithm, 'dataset': args.dataset, 'arch': args.arch,
+                      'num_classes': images.num_classes,
                       'args': vars(args), 'device': self.device.type,
                       'versions': data.versions(self.device)}
         self.write_config()
         weighted = ' with entropy weights' if args.entropy_weight else ''
         self.say(f'{self.algorithm}{weighted}: {args.arch}, {args.epochs} epochs of '
-                 f'{images_per_epoch:,} images of {args.dataset}, {self.world} process(es) on '
+                 f'{self.images_per_epoch:,} images of {args.dataset}, {self.world} process(es) on '
                  f'{self.about["versions"]["device"]}; kept in {args.model_dir}; best.pt is '
                  'selected on the '
                  + ('validation images' if args.val_size else 'test images (optimistic)'))
@@ -287,7 +295,7 @@ class Run:
         self.save(*names, 'last')
         self.say(describe(row, self.args.epochs))
         careful = not self.args.allow_chance and not self.args.resume
-        if careful and is_stuck(self.log, self.model.num_classes):
+        if careful and is_stuck(self.log, self.num_classes):
             self.stop(3, 'no better than chance for five epochs, and the loss does not fall; '
                       f'best.pt is from epoch {best_row(self.log)["epoch"]}. Try a lower --lr or '
                       f'--awp-gamma; to go on all the same: {self.resume_command()}')
@@ -295,7 +303,7 @@ class Run:
             self.end_if_asked()
 
     def finish(self):
-        over_processes(0)  # none leaves while another still needs it
+        data.over_processes(0)  # none leaves while another still needs it
         if self.failure:
             self.stop(1, self.failure)
         best = accuracies(best_row(self.log))
@@ -352,10 +360,10 @@ class Run:
 
     def end_if_asked(self):
         """Save and end the run where any process was asked to by a signal."""
-        number = over_processes(self.signal)
+        number = data.over_processes(self.signal)
         if number:
             self.save('last')
-            over_processes(0)
+            data.over_processes(0)
             self.stop(128 + number, f'stopped; to go on: {self.resume_command()}')
 
 
@@ -436,22 +444,6 @@ def synchronize(device):
 
 # ---------------------------------------------------------------- several processes (torchrun)
 
-def init_processes(device):
-    """(rank, number of processes): (0, 1), or what torchrun says; then torch.distributed runs."""
-    rank, world = data.launched()
-    if world == 1 and os.environ.get('WORLD_SIZE', '1') != '1':
-        data.say(f'WORLD_SIZE={os.environ["WORLD_SIZE"]} is set, but not RANK, MASTER_ADDR and '
-                 'MASTER_PORT: running as one process', sys.stderr)
-    if world > 1 and not torch.distributed.is_initialized():
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)
-        # Gloo as well, for signals: to ask for them by NCCL, the host would wait for the GPU
-        gpus = device.type == 'cuda'
-        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
-        atexit.register(torch.distributed.destroy_process_group)
-    return rank, world
-
-
 def same_everywhere(model):
     """The same weights in all processes and, on GPUs, batch statistics over the whole batch."""
     if torch.distributed.is_initialized():
@@ -472,12 +464,3 @@ def sum_over_processes(model, loss):
     for g, part in zip(grads, flat[:-1].split([g.numel() for g in grads])):
         g.copy_(part.view_as(g))
     return flat[-1]
-
-
-def over_processes(number):
-    """The highest of a whole number over all processes."""
-    if not torch.distributed.is_initialized():
-        return number
-    number = torch.tensor(number)
-    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-    return number.item()

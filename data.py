@@ -1,9 +1,11 @@
 """Data sets and what each is trained with, how an epoch is drawn, and what each command needs:
 types of flags, errors of one line, seeds, the device.
 
-A data set is one entry of DATASETS: how to load it, its shape, and the protocol of its training.
+A data set is one entry of DATASETS, how to load it and the protocol of its training, or one's own
+FILE.npz.
 """
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import fcntl
@@ -11,8 +13,7 @@ import math
 import os
 import platform
 import sys
-import zipfile
-from functools import partial
+from functools import lru_cache, partial
 from typing import Callable
 
 import numpy as np
@@ -26,9 +27,7 @@ import torch.nn.functional as F
 class Dataset:
     load: Callable  # (data_dir, train) -> uint8 images (N, C, H, W), int64 labels (N,), class names
     num_classes: int
-    in_channels: int
-    size: int  # height and width in pixels
-    augmented: bool  # by crop and flip, in training
+    shape: tuple  # (C, H, W)
     protocol: dict  # values of the training scripts' flags
 
 
@@ -86,17 +85,77 @@ def load_digits(data_dir, train):
     return (images * 255).round().to(torch.uint8)[chosen], labels, [str(k) for k in range(10)]
 
 
+@lru_cache(1)
+def read_own(path, modified):
+    """Of an .npz: (train_images, train_labels), (test_images, test_labels), as read_npz has them,
+    and class_names, if need be 0 to K - 1. ValueError where a class has no training image."""
+    train, test = [read_npz(path, f'{split}_images', f'{split}_labels')
+                   for split in ('train', 'test')]
+    classes = len(np.unique(train[1]))
+    if classes < 2 or classes <= max(train[1].max(), test[1].max()):
+        raise ValueError(f'{path}: the labels are not 0 to K - 1, K at least 2, each in training')
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(f'{path}: training and test images differ in shape')
+    with np.load(path, allow_pickle=False) as file:
+        names = [str(k) for k in file.get('class_names', range(classes))]
+    if len(set(names)) != classes:
+        raise ValueError(f'{path}: not a name for each of its {classes} classes in class_names')
+    return to_tensors(*train), to_tensors(*test), names
+
+
+def read_npz(path, images_name, labels_name):
+    """Images and labels of an .npz, uint8 (N, H, W, C) and whole numbers (N,) from 0, in NumPy.
+
+    Pickles are never read. Raises FileNotFoundError, or ValueError with one line.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file[images_name], file[labels_name]
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file') from None
+    except Exception as error:  # a parser of arbitrary bytes raises whatever it stumbles on
+        raise ValueError(f'{path}: not an .npz with {images_name} and {labels_name} ({error})'
+                         ) from None
+    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != (len(images),):
+        raise ValueError(f'{path}: {images_name} is {images.dtype} {images.shape}, {labels_name} '
+                         f'{labels.shape}; wanted uint8 (N, H, W, C) and (N,)')
+    if labels.dtype.kind not in 'iu' or not len(labels) or labels.min() < 0:
+        raise ValueError(f'{path}: {labels_name} are not whole numbers from 0')
+    return images, labels.astype(np.int64)
+
+
+def to_tensors(images, labels):
+    """Of NumPy (N, H, W, C) and (N,): (N, C, H, W) and (N,)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
 # Protocols: the paper's; for digits one with which all eight methods learn
 CIFAR = dict(arch='preactresnet18', epochs=110, lr=0.1, lr_milestones=[100, 105], weight_decay=5e-4,
-             batch_size=128, epsilon=8 / 255, step_size=2 / 255, num_steps=10)
+             batch_size=128, epsilon=8 / 255, step_size=2 / 255, num_steps=10, augment='crop-flip')
 MNIST = dict(arch='smallcnn', epochs=100, lr=0.01, lr_milestones=[20, 40], weight_decay=1e-4,
-             batch_size=128, epsilon=0.3, step_size=0.01, num_steps=40)
+             batch_size=128, epsilon=0.3, step_size=0.01, num_steps=40, augment='none')
 DIGITS = dict(arch='smallcnn', epochs=20, lr=0.02, lr_milestones=[15, 18], weight_decay=1e-4,
-              batch_size=32, epsilon=0.1, step_size=0.025, num_steps=7)
-DATASETS = {'cifar10': Dataset(partial(load_torchvision, 'CIFAR10'), 10, 3, 32, True, CIFAR),
-            'cifar100': Dataset(partial(load_torchvision, 'CIFAR100'), 100, 3, 32, True, CIFAR),
-            'mnist': Dataset(partial(load_torchvision, 'MNIST'), 10, 1, 28, False, MNIST),
-            'digits': Dataset(load_digits, 10, 1, 28, False, DIGITS)}
+              batch_size=32, epsilon=0.1, step_size=0.025, num_steps=7, augment='none')
+DATASETS = {'cifar10': Dataset(partial(load_torchvision, 'CIFAR10'), 10, (3, 32, 32), CIFAR),
+            'cifar100': Dataset(partial(load_torchvision, 'CIFAR100'), 100, (3, 32, 32), CIFAR),
+            'mnist': Dataset(partial(load_torchvision, 'MNIST'), 10, (1, 28, 28), MNIST),
+            'digits': Dataset(load_digits, 10, (1, 28, 28), DIGITS)}
+
+
+def find_dataset(name):
+    """The Dataset of that name, or that of a FILE.npz: CIFAR's protocol, but no flips."""
+    if name.endswith('.npz'):
+        train, test, names = read_own(name, os.path.getmtime(name))
+        return Dataset(lambda data_dir, training: (*(train if training else test), names),
+                       len(names), tuple(train[0].shape[1:]), CIFAR | dict(augment='crop'))
+    return DATASETS[name]
+
+
+def dataset_name(text):
+    """The type of --dataset: a file's path from the root, to be found from anywhere."""
+    if text not in DATASETS and not text.endswith('.npz'):
+        raise argparse.ArgumentTypeError(f"'{text}' is not {', '.join(DATASETS)} or FILE.npz")
+    return text if text in DATASETS else os.path.abspath(text)
 
 
 def load_data(dataset, data_dir='./data', train=True, size=None, device='cpu'):
@@ -105,7 +164,7 @@ def load_data(dataset, data_dir='./data', train=True, size=None, device='cpu'):
     cifar10, cifar100 and mnist are looked for in data_dir, and else downloaded to it; digits is
     scikit-learn's. Raises FileNotFoundError where neither works, ValueError where size is above N.
     """
-    images, labels, _ = DATASETS[dataset].load(data_dir, train)
+    images, labels, _ = find_dataset(dataset).load(data_dir, train)
     if size is not None and size > len(images):
         split = 'training' if train else 'test'
         raise ValueError(f'{dataset} has {len(images)} {split} images, fewer than {size}')
@@ -114,7 +173,7 @@ def load_data(dataset, data_dir='./data', train=True, size=None, device='cpu'):
 
 def class_names(dataset, data_dir='./data'):
     """The names of a data set's classes in the order of its labels."""
-    return DATASETS[dataset].load(data_dir, False)[2]
+    return find_dataset(dataset).load(data_dir, False)[2]
 
 
 def to_float(images):
@@ -133,12 +192,15 @@ def to_float(images):
 def add_data_args(parser):
     """The flags that TrainingData takes."""
     add = parser.add_argument_group('data').add_argument
-    add('--dataset', choices=DATASETS, default='cifar10')
+    add('--dataset', type=dataset_name, default='cifar10', help=f'{", ".join(DATASETS)}, or your '
+        'own FILE.npz: {train,test}_images uint8 (N, H, W, C), {train,test}_labels (N,)')
     add('--data-dir', default='./data', help='where it is, or is downloaded to')
     add('--train-size', type=whole(1), help='the first N training images only')
     add('--test-size', type=whole(1), help='the first N test images only')
     add('--val-size', type=whole(0), default=0, help='hold out the last N training images, '
         'class-balanced, and select best.pt on them; 0: on the test images, optimistic')
+    add('--augment', choices=('none', 'crop', 'crop-flip'), help='random crop of the image padded '
+        'by 4, and flip; by data set')
     add('--extra-data', metavar='FILE.npz', help='more images: `image` uint8 (N, H, W, C), `label`')
     add('--extra-fraction', type=real('(0, 1]'), default=0.7, help='of every batch')
     add('--steps-per-epoch', type=whole(1), help='(default: what the original images make)')
@@ -156,18 +218,18 @@ class TrainingData:
     """
 
     def __init__(self, args, device):
-        spec, size = DATASETS[args.dataset], args.batch_size
+        spec, size = find_dataset(args.dataset), args.batch_size
         source = args.dataset, args.data_dir
+        self.num_classes, self.shape = spec.num_classes, spec.shape
         images, labels = load_data(*source, True, args.train_size, device)
         if args.val_size:
-            held = class_balanced_tail(labels, args.val_size, spec.num_classes)
+            held = class_balanced_tail(labels, args.val_size, self.num_classes)
             self.held_out = images[held], labels[held]
             images, labels = images[~held], labels[~held]
         else:
             self.held_out = load_data(*source, False, args.test_size, device)
         self.images, self.labels, self.device = images, labels, device
-        self.num_classes, self.in_channels = spec.num_classes, spec.in_channels
-        self.augmented = spec.augmented
+        self.augment = args.augment
         self.steps = args.steps_per_epoch or math.ceil(len(labels) / size)
         self.full = bool(args.extra_data or args.steps_per_epoch)  # no smaller batch at the end
         self.images_per_epoch = self.steps * size if self.full else len(labels)
@@ -200,16 +262,18 @@ class TrainingData:
             images, labels = self.extra
             more = images[extra_index.to(images.device)].to(self.device)
             x, y = torch.cat([x, more]), torch.cat([y, labels[extra_index]])
-        return to_float(augment(x) if self.augmented else x), y
+        return to_float(augment(x, self.augment == 'crop-flip') if self.augment != 'none' else x), y
 
 
-def augment(images):
+def augment(images, flips=True):
     """Random crop of images (B, C, H, W) padded by 4, and random flip, each image its own."""
-    batch, size, device = len(images), images.shape[-1], images.device
+    (batch, _, height, width), device = images.shape, images.device
     offset = torch.randint(9, (2, batch, 1), device=device)
-    rows, columns = torch.arange(size, device=device) + offset
-    flip = torch.rand(batch, 1, device=device) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
+    rows = torch.arange(height, device=device) + offset[0]
+    columns = torch.arange(width, device=device) + offset[1]
+    if flips:
+        flip = torch.rand(batch, 1, device=device) < 0.5
+        columns = torch.where(flip, columns.flip(1), columns)
     images = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
     return images[torch.arange(batch, device=device)[:, None, None], rows[:, :, None],
                   columns[:, None, :]].permute(0, 3, 1, 2)
@@ -232,28 +296,18 @@ def load_extra(path, dataset, device):
     """`image` uint8 (N, H, W, C) and `label` (N,) of an .npz: images (N, C, H, W), int64 labels.
 
     The labels are on the device, and so are the images where they take at most half of its free
-    memory, else in the computer's: a million 32 x 32 images are 3 GB. Pickles are never read.
+    memory, else in the computer's: a million 32 x 32 images are 3 GB.
     Raises FileNotFoundError, or ValueError with one line that names the file.
     """
-    spec = DATASETS[dataset]
-    shape = (spec.size, spec.size, spec.in_channels)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file['image'], file['label']
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such file') from None
-    except (KeyError, ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f'{path}: not an .npz with image and label ({error})') from None
-    if images.dtype != np.uint8 or images.shape[1:] != shape or labels.shape != (len(images),):
-        raise ValueError(f'{path}: image is {images.dtype} {images.shape}, label {labels.shape}; '
-                         f'wanted uint8 (N, {", ".join(map(str, shape))}) and (N,)')
-    whole_numbers = labels.dtype.kind in 'iu' and len(labels) > 0
-    if not whole_numbers or labels.min() < 0 or labels.max() >= spec.num_classes:
-        raise ValueError(f'{path}: labels are not whole numbers from 0 to {spec.num_classes - 1}')
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    spec, (images, labels) = find_dataset(dataset), read_npz(path, 'image', 'label')
+    wanted = *spec.shape[1:], spec.shape[0]
+    if images.shape[1:] != wanted or labels.max() >= spec.num_classes:
+        raise ValueError(f'{path}: images {images.shape[1:]}, labels up to {labels.max()}; wanted '
+                         f'{wanted}, labels up to {spec.num_classes - 1}')
+    images, labels = to_tensors(images, labels)
     if device.type == 'cuda' and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
-    return images, torch.tensor(labels.astype(np.int64), device=device)
+    return images, labels.to(device)
 
 
 # ---------------------------------------------------------------- protocols
@@ -268,7 +322,7 @@ def protocol_help():
 
 def default_protocol(dataset, epochs=None):
     """A data set's protocol; the milestones keep their share of the run with other epochs."""
-    protocol = dict(DATASETS[dataset].protocol)
+    protocol = dict(find_dataset(dataset).protocol)
     share = (epochs or protocol['epochs']) / protocol['epochs']
     protocol['lr_milestones'] = sorted({math.ceil(m * share) for m in protocol['lr_milestones']})
     return protocol
@@ -284,13 +338,8 @@ def fill_protocol(args):
     for name, value in list(vars(args).items()):
         if callable(value):  # a default that depends on other arguments
             setattr(args, name, value(args))
-    check_fit(args.dataset, args.arch)
-
-
-def check_fit(dataset, arch):
-    """ValueError where images of the data set do not go into the network."""
-    if arch == 'smallcnn' and DATASETS[dataset].size != 28:
-        raise ValueError(f"smallcnn takes 28 x 28 images, and those of {dataset} are 32 x 32")
+    if args.arch == 'smallcnn' and find_dataset(args.dataset).shape[1:] != (28, 28):
+        raise ValueError(f'smallcnn takes 28 x 28 images, not those of {args.dataset}')
 
 
 # ---------------------------------------------------------------- command lines
@@ -425,7 +474,7 @@ def lock(file, wait=True):
 lock.said = False
 
 
-# ---------------------------------------------------------------- devices and seeds
+# ---------------------------------------------------------------- devices, processes, seeds
 
 def launched():
     """(rank, number of processes) as torchrun or another launcher says; (0, 1) without one.
@@ -457,6 +506,41 @@ def pick_device(no_cuda=False):
         say("no CUDA device with CUDA_VISIBLE_DEVICES="
             f"'{os.environ['CUDA_VISIBLE_DEVICES']}': running on the CPU", sys.stderr)
     return torch.device('cpu')
+
+
+def init_processes(device, timeout=None):
+    """Let the processes that torchrun began know each other; (rank, number of processes).
+
+    timeout: a timedelta, how long one may wait for another; None: torch's.
+    """
+    rank, world = launched()
+    if world == 1 and os.environ.get('WORLD_SIZE', '1') != '1':
+        say(f'WORLD_SIZE={os.environ["WORLD_SIZE"]} is set, but not RANK, MASTER_ADDR and '
+            'MASTER_PORT: running as one process', sys.stderr)
+    if world > 1 and not torch.distributed.is_initialized():
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
+        # Gloo as well, for signals and outcomes: by NCCL, the host would wait for the GPU
+        backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        atexit.register(torch.distributed.destroy_process_group)
+    return rank, world
+
+
+def processes():
+    """(rank, number of processes), as init_processes left them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def over_processes(number):
+    """The highest of a whole number over all processes."""
+    if processes()[1] == 1:
+        return number
+    number = torch.tensor(number)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return number.item()
 
 
 def versions(device):

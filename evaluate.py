@@ -28,6 +28,8 @@ import re
 import sys
 import tempfile
 import time
+from datetime import timedelta
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -152,25 +154,21 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
     averaged network the same as `ema_clean` and so on. Processes share the batches; networks are
     put in eval mode and back.
     """
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if several else 0
-    world = torch.distributed.get_world_size() if several else 1
-    was_training, needed = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)  # as in training, memory, and gradients if compiled
+    (rank, world), training = data.processes(), model.training
+    model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=images.device)
-    for i in range(rank * batch_size, len(images), world * batch_size):
-        x, y = data.to_float(images[i:i + batch_size]), labels[i:i + batch_size]
-        data.seed_everything(seed, i)
-        x_adv = pgd_attack(model, x, y, epsilon, epsilon / 4, 10)
-        with torch.no_grad():
-            logits, logits_adv = model(x), model(x_adv)
-        h = entropy(logits_adv)
-        sums += torch.stack([v.double().sum() for v in (
-            logits.argmax(1) == y, logits_adv.argmax(1) == y, h, h > threshold)])
-    model.train(was_training)
-    for p in needed:
-        p.requires_grad_()
-    if several:
+    with models.frozen(model):
+        for i in range(rank * batch_size, len(images), world * batch_size):
+            x, y = data.to_float(images[i:i + batch_size]), labels[i:i + batch_size]
+            data.seed_everything(seed, i)
+            x_adv = pgd_attack(model, x, y, epsilon, epsilon / 4, 10)
+            with torch.no_grad():
+                logits, logits_adv = model(x), model(x_adv)
+            h = entropy(logits_adv)
+            sums += torch.stack([v.double().sum() for v in (
+                logits.argmax(1) == y, logits_adv.argmax(1) == y, h, h > threshold)])
+    model.train(training)
+    if world > 1:
         torch.distributed.all_reduce(sums)
     row = dict(zip(('clean', 'pgd10', 'entropy', 'high_entropy'), (sums / len(images)).tolist()))
     if average is not None:
@@ -186,25 +184,23 @@ def exact(model, device):
     Afterwards its modes, its amp, torch's settings and its random states are what they were.
     """
     training = [(m, m.training) for m in model.modules()]
-    parameters = [(p, p.requires_grad) for p in model.parameters()]
     amp, cudnn, onednn = getattr(model, 'amp', False), torch.backends.cudnn, torch.backends.mkldnn
     # by the newer of torch's two interfaces: the older does not undo TF32 that was set by this one
     units = torch.backends.cuda.matmul, cudnn.conv, onednn.matmul, onednn.conv
     precisions = [unit.fp32_precision for unit in units]
     algorithms = cudnn.deterministic, cudnn.benchmark
     try:
-        model.eval().requires_grad_(False)
+        model.eval()
         model.amp = False
         for unit in units:
             unit.fp32_precision = 'ieee'
         cudnn.deterministic, cudnn.benchmark = True, False
-        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        with models.frozen(model), torch.random.fork_rng(
+                [device] if device.type == 'cuda' else []):
             yield
     finally:
         for m, mode in training:
             m.training = mode
-        for p, needed in parameters:
-            p.requires_grad_(needed)
         model.amp = amp
         for unit, precision in zip(units, precisions):
             unit.fp32_precision = precision
@@ -212,52 +208,63 @@ def exact(model, device):
 
 
 def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch_size=250, seed=1,
-                    records=None, save=None, desc=None, **options):
+                    records=None, save=None, desc=None, found=None, **options):
     """Who withstands an attack: correct (N,), bool, and entropies (N,), float32, in NumPy.
 
     images: uint8 (N, C, H, W); labels: (N,); examples: (N,) bool, those to attack, the others count
     as wrong (default: all); options: restarts, ls_scale. What counts is the network's prediction on
     x_adv, that of misclassified clean examples as well, in eval mode whatever mode it is in. The
     entropies are those of f(x_adv) in nats, NaN where it was not attacked. records: what an
-    earlier call made of the first batches; this one appends to it, and then calls save(). desc: of
-    the progress bar, None for none.
+    earlier call made of the batches, None where nothing; this one adds to it, and then calls
+    save(). desc: of the progress bar, None for none. found: a float32 array (N, C, H, W) that takes
+    the adversarial images. Under several processes the batches are shared out.
     """
     records = [] if records is None else records
-    correct, entropies = np.zeros(len(images), bool), np.full(len(images), np.nan, np.float32)
     index = np.arange(len(images)) if examples is None else np.flatnonzero(examples)
-    bar = tqdm(range(0, len(index), batch_size), desc=desc, unit='batch', leave=False,
-               disable=None if desc else True)
+    batches = [index[i:i + batch_size] for i in range(0, len(index), batch_size)]
+    rank, world = data.processes()
+    bar = tqdm(range(rank, len(batches), world), desc=desc, unit='batch', leave=False,
+               disable=None if desc and rank == 0 else True)
+    stood = attacked = 0
     with exact(model, images.device):
-        for number, begin in enumerate(bar):
-            batch = index[begin:begin + batch_size]
-            if number < len(records):
-                try:
-                    correct[batch], entropies[batch] = read_record(records[number], len(batch))
-                except (ValueError, KeyError, TypeError):
-                    data.say('a kept batch is damaged: evaluating anew from there', sys.stderr)
-                    del records[number:]
-            if number == len(records):
+        for number in bar:
+            batch, record = batches[number], next(iter(records[number:]), None)
+            if found is None and record is not None and not fits(record, len(batch)):
+                data.say('a kept batch is damaged: evaluating it anew', sys.stderr)
+                record = None
+            if record is None or found is not None:
                 x, y = data.to_float(images[batch]), labels[batch]
-                x_adv = run_attack(attack, model, x, y, epsilon, seed, begin, **options)
+                x_adv = run_attack(attack, model, x, y, epsilon, seed, number * batch_size,
+                                   **options)
                 with torch.no_grad():
                     logits = model(x_adv)
-                correct[batch] = (logits.argmax(1) == y).cpu().numpy()
-                entropies[batch] = entropy(logits).cpu().numpy()
-                records.append({'correct': correct[batch].tolist(),
-                                'entropy': entropies[batch].tolist()})
+                record = {'correct': (logits.argmax(1) == y).tolist(),
+                          'entropy': entropy(logits).tolist()}
+                if found is not None:
+                    found[batch] = x_adv.cpu().numpy()
+                records += [None] * (number + 1 - len(records))
+                records[number] = record
                 if save:
                     save()
-            share = correct.sum() / (begin + len(batch)) * len(index) / len(images)
-            bar.set_postfix_str(f'{share:.2%} robust')
+            stood, attacked = stood + sum(record['correct']), attacked + len(batch)
+            bar.set_postfix_str(f'{stood / attacked * len(index) / len(images):.2%} robust')
+    if world > 1:
+        theirs = [None] * world
+        torch.distributed.all_gather_object(theirs, records)
+        records[:] = [theirs[number % world][number] for number in range(len(batches))]
+    correct, entropies = np.zeros(len(images), bool), np.full(len(images), np.nan, np.float32)
+    for batch, record in zip(batches, records):
+        correct[batch], entropies[batch] = record['correct'], record['entropy']
     return correct, entropies
 
 
-def read_record(record, size):
-    """A batch's record -> correct (size,), entropies (size,); an exception if it is damaged."""
-    correct, entropies = np.asarray(record['correct']), np.asarray(record['entropy'], np.float32)
-    if correct.dtype != bool or not correct.shape == entropies.shape == (size,):
-        raise ValueError('not of this batch')
-    return correct, entropies
+def fits(record, size):
+    """Whether a kept record is what evaluate_attack makes of a batch of that size."""
+    if not isinstance(record, dict) or record.keys() != {'correct', 'entropy'}:
+        return False
+    return all(isinstance(values, list) and len(values) == size
+               and all(isinstance(v, kind) for v in values)
+               for values, kind in ((record['correct'], bool), (record['entropy'], float)))
 
 
 def entropy_report(entropies, correct, threshold):
@@ -304,7 +311,8 @@ class Results:
             with open(self.model_path, 'rb') as file:
                 data.lock(file)
                 merged = self.read()
-                merged |= {k: v for k, v in self.known.items() if len(v) >= len(merged.get(k, ()))}
+                for k, ours in self.known.items():
+                    merged[k] = [a or b for a, b in zip_longest(ours, merged.get(k, []))]
                 with models.replacing(self.path, 'w') as f:
                     json.dump(merged, f)
         except OSError as error:
@@ -314,9 +322,12 @@ class Results:
 
 
 def weights_hash(model):
-    """SHA-256 of what decides a network's logits: its class, its weights and its normalization."""
-    sha = hashlib.sha256(type(model).__name__.encode())
-    extra = {k: getattr(model, k) for k in ('mean', 'std') if hasattr(model, k)}
+    """SHA-256 of what decides a network's logits: its class, its weights and its normalization, and
+    of one's own network the source."""
+    sha = hashlib.sha256((type(model).__name__ + getattr(model, 'own', '')).encode())
+    extra = {}
+    if getattr(model, 'normalization', None):
+        extra = {'mean': model.input_mean, 'std': model.input_std}
     for name, tensor in sorted((model.state_dict() | extra).items()):
         sha.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
         sha.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -346,12 +357,23 @@ def plan_columns(attacks, epsilon, aa_epsilon, worst_case=False):
     return columns
 
 
+def add_worst_case(outcome, columns):
+    """Where two or more attacks ran on all examples, add to {title: correct (N,)}: `worst`, what
+    withstood all of them, and `pgd20 - worst`, what only seems to if one looks at PGD-20."""
+    attacks = [title for title in columns if title != 'clean' and not re.match(r'aa: |\+ ', title)]
+    if len(attacks) > 1:
+        outcome['worst'] = np.all([outcome[title] for title in ('clean', *attacks)], axis=0)
+        if 'pgd20' in attacks:
+            outcome['pgd20 - worst'] = outcome['pgd20'] & ~outcome['worst']
+
+
 def evaluate_model(model, images, labels, columns, results=None, identity=None, name='model',
-                   batch_size=250, seed=1, restarts=1, ls_scale=10.0):
+                   batch_size=250, seed=1, restarts=1, ls_scale=10.0, examples_of=None):
     """The columns of a model's row: {title: correct (N,)}; and the entropies (N,) under pgd20.
 
     columns: see plan_columns; without pgd20 on all examples, the entropies are None. results,
-    identity: a Results, and the dict that says what its records are of. Progress goes to stderr.
+    identity: a Results, and the dict that says what its records are of. examples_of: an empty dict
+    that takes {attack: adversarial images (N, C, H, W)}. Progress goes to stderr.
     """
     outcome, entropies = {}, None
     for title, (attack, epsilon, after) in columns.items():
@@ -363,15 +385,29 @@ def evaluate_model(model, images, labels, columns, results=None, identity=None, 
                'attacked': hashlib.sha256(np.packbits(examples)).hexdigest()}
         key = json.dumps(key, sort_keys=True)
         records, save = (results.known.setdefault(key, []), results.save) if results else ([], None)
-        began = time.time()
+        began, found = time.time(), None
+        if examples_of is not None and attack != 'clean':  # AutoAttack's four share their images
+            whole = 'autoattack' if title.startswith('aa: ') else title
+            found = examples_of.setdefault(whole, images.cpu().numpy().astype(np.float32) / 255)
         outcome[title], h = evaluate_attack(model, images, labels, attack, epsilon, examples,
                                             batch_size, seed, records, save, f'{name} {title}',
-                                            **options)
+                                            found, **options)
         if attack == 'pgd20' and after is None:
             entropies = h
-        data.say(f'{name}: {title} {outcome[title].mean():.2%} of {len(labels):,} '
-                 f'({time.time() - began:.0f} s)', sys.stderr)
+        accuracy = outcome[title].mean()
+        tell(f'{name}: {title} {accuracy:.2%} of {len(labels):,} ({time.time() - began:.0f} s)')
+        if attack == 'clean' and accuracy < 0.25 + 1 / int(labels.max() + 1) and not (
+                'args' in getattr(model, 'about', ())):
+            tell(f'{name}: that is little for a trained network; perhaps it wants --normalize, '
+                 'another --dataset, or --arch preactresnet18-raw (shortcuts from the raw input)')
+    add_worst_case(outcome, columns)
     return outcome, entropies
+
+
+def tell(text):
+    """A line on stderr, of several processes by one."""
+    if data.processes()[0] == 0:
+        data.say(text, sys.stderr)
 
 
 def epsilon_text(epsilon):
@@ -403,18 +439,72 @@ def row_names(paths):
     return [n if names.count(n) == 1 else p for n, p in zip(names, paths)]
 
 
+NO_SETTINGS = ('seed', 'model_dir', 'resume', 'data_dir', 'no_cuda', 'log_interval', 'save_freq',
+               'save_every_minutes', 'test_batch_size', 'allow_chance')
+
+
+def group_seeds(rows):
+    """{name: rows of models that differ in their seed alone}, or of one; the name is without it."""
+    alike, groups = {}, {}
+    for row in rows:
+        args = row['about'].get('args', {})
+        rest = {k: v for k, v in args.items() if k not in NO_SETTINGS} if 'seed' in args else {}
+        key = row['about'].get('algorithm'), os.path.basename(row['path']), rest or row['path']
+        alike.setdefault(json.dumps(key, sort_keys=True, default=str), []).append(row)
+    for group in alike.values():
+        seeds = {row['about'].get('args', {}).get('seed') for row in group}
+        name = re.sub(r'[-_ ]?seed[-_ ]?\d+', '', group[0]['model'])
+        if 1 < len(group) == len(seeds) and name not in groups:
+            groups[name] = group
+        else:
+            groups |= {row['model']: [row] for row in group}
+    return groups
+
+
+def over_seeds(rows):
+    """Mean and sample standard deviation of the numbers of rows that differ in their seed alone."""
+    names = [*rows[0]['accuracy'], *rows[0]['report']]
+    values = [[*row['accuracy'].values(), *row['report'].values()] for row in rows]
+    return {'mean': dict(zip(names, np.mean(values, axis=0).tolist())),
+            'sd': dict(zip(names, np.std(values, axis=0, ddof=1).tolist()))}
+
+
+def standard_errors(row):
+    """Binomial, of the accuracies of a row."""
+    return {k: math.sqrt(v * (1 - v) / row['n']) for k, v in row['accuracy'].items()}
+
+
 # ---------------------------------------------------------------- figures
 
 # Okabe and Ito's, which colour-blind readers can tell apart; the yellow darker, to show on white
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#B8A800']
 MARKERS = 'os^DvPX*'
 TSNE_EXAMPLES = 500  # of a class at most: t-SNE is slow, and a panel is small
+WRITTEN = {'fgsm': 'FGSM', 'pgd10': 'PGD-10', 'pgd20': 'PGD-20', 'pgd100': 'PGD-100', 'ls': 'LS',
+           'autoattack': 'AutoAttack', 'apgd-ce': 'APGD-CE', 'apgd-t': 'APGD-T', 'fab-t': 'FAB-T',
+           'square': 'Square'}
+
+
+def styles(groups):
+    """{name: (number of its colour, 0, 1 or 2)}: a method has a colour; 0 is the method itself, 1
+    with entropy weights, 2 its control, tau = inf. Where both are taken, another colour."""
+    found, colours = {}, {}
+    for name, rows in groups.items():
+        about = rows[0]['about']
+        args = about.get('args', {})
+        variant = bool(args.get('entropy_weight')) + (args.get('tau') == math.inf)
+        key = about.get('algorithm', name)
+        while (colours.setdefault(key, len(colours)), variant) in found.values():
+            key += "'"
+        found[name] = colours[key], variant
+    return found
 
 
 @contextlib.contextmanager
 def figure(path, header, table, height, rows=1, panels=(), legend='outside lower center',
            **options):
-    """A figure and its axes (rows, columns); at the end it is path.png, and the numbers path.csv.
+    """A figure and its axes (rows, columns); at the end it is path.png and path.pdf, and the
+    numbers path.csv.
 
     It is 3.5 inches (a column of text) wide. panels: names of panels, two in a row if several;
     without them there is one column of `rows`. height: of half the width. The legend is of what is
@@ -425,12 +515,14 @@ def figure(path, header, table, height, rows=1, panels=(), legend='outside lower
     import matplotlib.pyplot as plt
     plt.rcParams.update({'font.size': 7, 'axes.grid': True, 'grid.linewidth': 0.3,
                          'axes.axisbelow': True, 'legend.fontsize': 6, 'legend.frameon': False,
-                         'lines.linewidth': 1.1})
+                         'lines.linewidth': 1.1, 'hatch.linewidth': 0.5, 'pdf.fonttype': 42})
     columns = min(2, len(panels)) or 1
     rows = math.ceil(len(panels) / columns) or rows
     drawn, axes = plt.subplots(rows, columns, layout='constrained', squeeze=False, **options)
     for ax, name in zip(axes.flat, panels):
         ax.set_title(shorten(name), fontsize=6, pad=3)
+    for ax in axes.flat:
+        ax.locator_params(nbins=6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=4)
     if len(panels) < axes.size and panels:
         axes[-1, -1].set_axis_off()
         axes[-2, -1].tick_params(labelbottom=True)
@@ -440,7 +532,8 @@ def figure(path, header, table, height, rows=1, panels=(), legend='outside lower
         drawn.legend(handles, labels, loc=legend, ncols=2)
     lines = math.ceil(len(labels) / 2)
     drawn.set_size_inches(3.5, 0.4 + height * rows * 2 / columns + 0.13 * lines)
-    drawn.savefig(f'{path}.png', dpi=200)
+    for kind in ('png', 'pdf'):
+        drawn.savefig(f'{path}.{kind}', dpi=200)
     plt.close(drawn)
     write_csv(f'{path}.csv', header, table)
 
@@ -452,17 +545,23 @@ def shorten(name):
     return (' ' if name.startswith('_') else '') + name.replace('$', r'\$')
 
 
-def plot_entropy_histogram(entropies, num_classes, threshold, directory):
-    """Figures 2 and 4b: the distribution of the adversarial examples' entropies {name: (N,)}."""
-    edges = np.linspace(0, math.log(num_classes), 31)
-    shares = {name: np.histogram(h.clip(0, edges[-1]), edges)[0] * 100 / len(h)
-              for name, h in entropies.items()}
-    table = list(zip(edges[:-1], edges[1:], *shares.values()))
+def plot_entropy_histogram(groups, num_classes, threshold, directory):
+    """Figures 2 and 4b: the distribution of the adversarial examples' entropies, a panel for each
+    {name: rows}; of several seeds the mean, and grey from the lowest to the highest."""
+    edges, style = np.linspace(0, math.log(num_classes), 31), styles(groups)
+    shares = {name: np.stack([np.histogram(row['entropies'].clip(0, edges[-1]), edges)[0]
+                              * 100 / row['n'] for row in rows]) for name, rows in groups.items()}
+    table = list(zip(edges[:-1], edges[1:], *(share.mean(0) for share in shares.values())))
     with figure(os.path.join(directory, 'entropy_histogram'),
                 ['entropy_from', 'entropy_to', *shares], table, 0.9, panels=list(shares),
                 sharex=True, sharey=True) as (drawn, axes):
-        for i, (ax, share) in enumerate(zip(axes.flat, shares.values())):
-            ax.stairs(share, edges, fill=True, color=COLOURS[i % 8])
+        for ax, (name, share) in zip(axes.flat, shares.items()):
+            colour, variant = style[name]
+            ax.stairs(share.mean(0), edges, fill=True, facecolor=COLOURS[colour % 8],
+                      edgecolor='white', linewidth=0, hatch=['', '/////', '.....'][variant])
+            if len(share) > 1:
+                ax.stairs(share.max(0), edges, baseline=share.min(0), fill=True, color='0.15',
+                          alpha=0.4)
             ax.axvline(threshold, color='0.3', linewidth=0.6)
             ax.set_xlim(0, edges[-1])
         drawn.supxlabel('entropy of the prediction on PGD-20 examples (nats; '
@@ -470,17 +569,49 @@ def plot_entropy_histogram(entropies, num_classes, threshold, directory):
         drawn.supylabel('share of examples (%)', fontsize=7)
 
 
-def plot_entropy_vs_robustness(points, attack, threshold, directory):
-    """Figure 4a: {name: (share of high-entropy examples, accuracy under the attack)}, fractions."""
-    with figure(os.path.join(directory, 'entropy_vs_robustness'),
-                ['model', 'high_entropy', attack], [[name, *p] for name, p in points.items()],
-                0.85) as (_, [[ax]]):
-        for i, (name, (share, accuracy)) in enumerate(points.items()):
-            ax.plot(share * 100, accuracy * 100, MARKERS[i % 8], color=COLOURS[i % 8],
-                    label=shorten(name), fillstyle='full' if i < 8 else 'none')
+def plot_entropy_vs_robustness(groups, attack, threshold, directory):
+    """Figure 4a: the share of high-entropy examples and the accuracy under the attack, a point for
+    each {name: rows}; of several seeds the mean and the standard deviation."""
+    style, table = styles(groups), []
+    with figure(os.path.join(directory, 'entropy_vs_robustness'), ['model', 'high_entropy', attack],
+                table, 0.85) as (_, [[ax]]):
+        for name, rows in groups.items():
+            points = np.array([(row['report']['high_entropy'], row['accuracy'][attack])
+                               for row in rows])
+            table.append([name, *points.mean(0)])
+            spread = points.std(0, ddof=1) * 100 if len(rows) > 1 else [None, None]
+            colour, variant = style[name]
+            ax.errorbar(*points.mean(0) * 100, xerr=spread[0], yerr=spread[1], elinewidth=0.6,
+                        fmt=MARKERS[colour % 8], color=COLOURS[colour % 8], label=shorten(name),
+                        fillstyle=['full', 'none', 'left'][variant], linestyle='none')
         ax.set(xlabel=f'PGD-20 examples with entropy above {threshold:g} nats (%)',
-               ylabel=f'accuracy under {attack} (%)')
+               ylabel=f'accuracy under {WRITTEN.get(attack, attack)} (%)')
         ax.margins(0.1)
+
+
+def plot_pgd_vs_worst(groups, attacks, directory):
+    """The paper's message: by how much PGD-20 overstates the robustness of each {name: rows}."""
+    columns, style = ('pgd20', 'worst', 'clean'), styles(groups)
+    means = {name: [np.mean([row['accuracy'][c] for row in rows]) for c in columns]
+             for name, rows in groups.items()}
+    with figure(os.path.join(directory, 'pgd_vs_worst'), ['model', *columns],
+                [[name, *values] for name, values in means.items()],
+                0.35 + 0.09 * len(groups)) as (_, [[ax]]):
+        for y, (name, (pgd, worst, _)) in enumerate(means.items()):
+            colour, variant = style[name]
+            ax.plot([100 * worst, 100 * pgd], [y, y], color=COLOURS[colour % 8], linewidth=1.8,
+                    linestyle=['-', '--', ':'][variant])
+            for values, marker, fill in (('pgd20', 'o', 'none'), ('worst', 'D', 'full')):
+                ax.plot([100 * row['accuracy'][values] for row in groups[name]],
+                        [y] * len(groups[name]), marker, fillstyle=fill, markersize=3.5,
+                        color=COLOURS[colour % 8])
+            ax.annotate(f'{100 * (pgd - worst):.1f}', (50 * (pgd + worst), y), (0, 1.5),
+                        textcoords='offset points', ha='center', fontsize=6)
+        for marker, fill, text in (('o', 'none', 'PGD-20'), ('D', 'full', f'worst of {attacks}')):
+            ax.plot([], [], marker, fillstyle=fill, color='0.2', markersize=3.5, label=text)
+        ax.set_yticks(range(len(means)), [shorten(name) for name in means])
+        ax.set_ylim(len(means) - 0.5, -0.7)
+        ax.set_xlabel('robust accuracy (%); number: points by which PGD-20 overstates it')
 
 
 def plot_tsne(features, classes, seed, directory):
@@ -501,22 +632,35 @@ def plot_tsne(features, classes, seed, directory):
         drawn.supylabel('t-SNE 2 (no unit)', fontsize=7)
 
 
-def plot_training_curves(logs, directory):
-    """Clean and PGD-10 accuracy and entropy under PGD-10 by epoch: {name: rows of log.csv}."""
+def plot_training_curves(groups, directory):
+    """Clean and PGD-10 accuracy and entropy under PGD-10 by epoch, a line for each {name: rows};
+    of several seeds the mean, and a band of a standard deviation."""
     texts = {'clean': 'clean accuracy (%)', 'pgd10': 'PGD-10 accuracy (%)',
              'entropy': 'PGD-10 entropy (nats)'}
-    table = [[name, *row.values()] for name, log in logs.items() for row in log]
+    style = styles(groups)
+    logs = {name: [row['log'] for row in rows if row['log']] for name, rows in groups.items()}
+    table = [[row['model'], *line.values()] for rows in groups.values() for row in rows
+             for line in row['log']]
     with figure(os.path.join(directory, 'training_curves'), ['model', *CURVES], table, 0.63, rows=3,
                 sharex=True) as (_, axes):
         for ax, (column, text) in zip(axes[:, 0], texts.items()):
             scale = 1 if column == 'entropy' else 100
-            for i, (name, log) in enumerate(logs.items()):
-                ax.plot([row['epoch'] for row in log], [row[column] * scale for row in log],
-                        label=shorten(name), color=COLOURS[i % 8],
-                        linestyle=['-', '--', ':'][i // 8 % 3])
+            for name, (colour, variant) in style.items():
+                lines = list(zip(*logs[name]))  # by epoch; as far as all seeds got
+                epochs = [line[0]['epoch'] for line in lines]
+                values = np.array([[scale * one[column] for one in line] for line in lines])
+                if not lines:
+                    continue
+                mean = values.mean(1)
+                ax.plot(epochs, mean, label=shorten(name), color=COLOURS[colour % 8],
+                        linestyle=['-', '--', ':'][variant], marker='.' if len(epochs) == 1 else '')
+                if len(logs[name]) > 1:
+                    spread = values.std(1, ddof=1)
+                    ax.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, linewidth=0,
+                                    color=COLOURS[colour % 8])
             ax.set_ylabel(text)
         axes[-1, 0].set_xlabel('epoch')
-        axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+        axes[-1, 0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 CURVES = ('epoch', 'clean', 'pgd10', 'entropy')
@@ -543,7 +687,7 @@ def adversarial_features(model, images, labels, classes, epsilon, batch_size, se
             batch = index[begin:begin + batch_size]
             x_adv = run_attack('pgd20', model, data.to_float(images[batch]), labels[batch], epsilon,
                                seed, begin)
-            features.append(model.features(x_adv).cpu())
+            features.append(model.penultimate_features(x_adv).cpu())
     return torch.cat(features).numpy(), labels[index].cpu().numpy()
 
 
@@ -555,13 +699,16 @@ def parse_args(argv=None):
     add = parser.add_argument_group('models').add_argument
     add('--model-path', nargs='+', required=True, metavar='FILE',
         help="checkpoints, this project's or anyone's: a row of the table each")
-    add('--arch', metavar='NAME',
-        help=f"{', '.join(models.ARCHS)} (default: read off the weights)")
+    add('--arch', metavar='NAME', type=models.full_arch,
+        help=f'{models.KNOWN_ARCHS} (default: read off the weights)')
+    add('--names', nargs='+', metavar='NAME', help='of the models, in tables and figures (default: '
+        'from the paths)')
     add('--normalize', default='none', metavar='N', help='normalization that the training had '
         'outside the network: none, cifar10, cifar100 or MEAN/STD such as '
         '0.5,0.5,0.5/0.25,0.25,0.25')
     add = parser.add_argument_group('data').add_argument
-    add('--dataset', choices=data.DATASETS, help='(default: what the checkpoint says)')
+    add('--dataset', type=data.dataset_name, metavar='NAME',
+        help=f"{', '.join(data.DATASETS)} or FILE.npz (default: what the checkpoint says)")
     add('--data-dir', default='./data', metavar='DIR', help='where it is, or is downloaded to')
     add('--split', choices=('test', 'train'), default='test')
     add('--n-examples', type=data.whole(1), metavar='N',
@@ -590,11 +737,16 @@ def parse_args(argv=None):
     add('--entropy-threshold', type=data.real('[0, inf)'), default=1.5, metavar='T',
         help='an entropy above it counts as high, in nats, from 0')
     add('--figures', metavar='DIR',
-        help='write the figures there, and the numbers behind each as CSV')
+        help='write the figures there, PNG and PDF, and the numbers behind each as CSV')
     add('--tsne-classes', nargs=2, metavar='CLASS', help='the two classes of tsne.png (default: '
         'the first two, e.g. airplane automobile, or 0 1)')
-    add('--csv', metavar='FILE', help='write the numbers there too, as fractions')
+    add('--csv', metavar='FILE', help='write the numbers there too, as fractions, and the standard '
+        'errors of the accuracies, binomial')
     add('--json', metavar='FILE', help='the same, with all settings and versions')
+    add('--save-outcomes', metavar='FILE.npz', help='which example withstood which attack, for '
+        'paired tests: `correct` (models, columns, N), `models`, `columns`, `labels`')
+    add('--save-examples', metavar='FILE.npz', help='of one model the adversarial images, float32 '
+        '(N, C, H, W), under the name of each attack, and `labels`')
     args = parser.parse_args(argv)
     attacks = set(args.attacks)
     reported = args.figures or 'pgd20' in attacks and not args.worst_case
@@ -610,25 +762,31 @@ def parse_args(argv=None):
 def prepare(args):
     """Look for all that can be wrong before any work starts, and complete args.
 
-    Returns the models {name: model}, images, labels, and the t-SNE's two classes {label: name}.
+    Returns the models {name: model}, images, labels, and the names of the classes.
     Raises ValueError, OSError or ImportError with a line for the user.
     """
     args.model_path = list(dict.fromkeys(args.model_path))
-    loaded = {name: models.load_model(path, args.arch, normalize=args.normalize)
-              for name, path in zip(row_names(args.model_path), args.model_path)}
-    found = {args.dataset or model.dataset for model in loaded.values()}
+    names = args.names or row_names(args.model_path)
+    if len(names) != len(args.model_path) or len(set(names)) < len(names):
+        raise ValueError(f'--names: {len(set(names))} different ones for {len(args.model_path)} '
+                         'models')
+    if args.save_examples and (len(names) > 1 or data.launched()[1] > 1):
+        raise ValueError('--save-examples is for one model, in one process')
+    num_classes = None
+    if args.dataset and ':' in (args.arch or ''):  # the others tell it by their weights
+        num_classes = data.find_dataset(args.dataset).num_classes
+    loaded = {name: models.load_model(path, args.arch, num_classes, args.normalize)
+              for name, path in zip(names, args.model_path)}
+    found = {args.dataset or model.about.get('dataset', 'none') for model in loaded.values()}
     args.dataset = next(iter(found))
-    if len(found) > 1 or args.dataset not in data.DATASETS:
-        named = ' and '.join(sorted(str(name or 'none') for name in found))
-        raise ValueError(f"data set named in the checkpoints: {named}; "
-                         f"give one --dataset, of {', '.join(data.DATASETS)}, for all of them")
-    spec = data.DATASETS[args.dataset]
+    known = args.dataset in data.DATASETS or args.dataset.endswith('.npz')
+    if len(found) > 1 or not known:
+        raise ValueError(f"data set named in the checkpoints: {' and '.join(sorted(found))}; give "
+                         f"one --dataset, of {', '.join(data.DATASETS)} or FILE.npz, for all of "
+                         'them')
+    spec = data.find_dataset(args.dataset)
     for path, model in zip(args.model_path, loaded.values()):
-        if (model.num_classes, model.in_channels) != (spec.num_classes, spec.in_channels):
-            raise ValueError(
-                f'{path} has {model.num_classes} classes and takes {model.in_channels}-channel '
-                f'images; {args.dataset} has {spec.num_classes} and {spec.in_channels}')
-        data.check_fit(args.dataset, 'smallcnn' if isinstance(model, models.SmallCNN) else None)
+        models.check_fit(model, spec.shape, spec.num_classes, f'{path}, on {args.dataset}')
     args.epsilon = args.epsilon or spec.protocol['epsilon']
     args.aa_epsilon = args.aa_epsilon or args.epsilon
     if {'autoattack', *AUTOATTACK} & set(args.attacks):
@@ -641,120 +799,166 @@ def prepare(args):
         import matplotlib.pyplot
         import sklearn.manifold
         os.makedirs(args.figures, exist_ok=True)
-    written = args.csv, args.json, args.figures and os.path.join(args.figures, '')
-    for path in filter(None, written):
+    files = args.csv, args.json, args.save_outcomes, args.save_examples
+    for path in filter(None, [*files, args.figures and os.path.join(args.figures, '')]):
         try:
             tempfile.TemporaryFile(dir=os.path.dirname(path) or '.').close()
-            if path in (args.csv, args.json) and os.path.isdir(path):
+            if path in files and os.path.isdir(path):
                 raise IsADirectoryError(None, 'it is a directory')
         except OSError as error:
             raise ValueError(f'{path} cannot be written ({error.strerror})') from None
     images, labels = data.load_data(args.dataset, args.data_dir, args.split == 'train',
                                     args.n_examples, data.pick_device(args.no_cuda))
-    classes = {}
-    if args.figures:
-        names = data.class_names(args.dataset, args.data_dir)
-        chosen = args.tsne_classes or names[:2]
-        if len({*chosen} & {*names}) < 2:
-            raise ValueError(f"--tsne-classes {' '.join(chosen)}: not two of {', '.join(names)}")
-        classes = {names.index(name): name for name in chosen}
-    return loaded, images, labels, classes
+    names = data.class_names(args.dataset, args.data_dir)
+    chosen = args.tsne_classes or names[:2]
+    if args.figures and len({*chosen} & {*names}) < 2:
+        raise ValueError(f"--tsne-classes {' '.join(chosen)}: not two of {', '.join(names)}")
+    return loaded, images, labels, names
 
 
-def measure(args, loaded, images, labels, classes):
-    """The columns; a dict of measurements for each model; and its adversarial features by name."""
+def measure(args, loaded, images, labels):
+    """The columns, {title: (attack, epsilon, after)}, and a dict of measurements for each model."""
     columns = plan_columns(args.attacks, args.epsilon, args.aa_epsilon, args.worst_case)
     if args.figures:
         columns.setdefault('pgd20', ('pgd20', args.epsilon, None))
     content = images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()
     identity = dict(dataset=args.dataset, split=args.split,
                     data=hashlib.sha256(content).hexdigest())
-    rows, features = [], {}
+    if args.dataset not in data.DATASETS:  # the same images, wherever the file lies
+        identity['dataset'] = os.path.basename(args.dataset)
+    rows, examples_of = [], {} if args.save_examples else None
     for (name, model), path in zip(loaded.items(), args.model_path):
         model.to(images.device, memory_format=torch.channels_last)
-        row = {'model': name, 'path': path, 'n': len(labels), 'weights': weights_hash(model)}
-        outcome, entropies = evaluate_model(
+        row = {'model': name, 'path': path, 'n': len(labels), 'weights': weights_hash(model),
+               'about': model.about, 'log': read_log(path), 'report': {}}
+        row['correct'], entropies = evaluate_model(
             model, images, labels, columns, Results(path), {**identity, 'weights': row['weights']},
-            name, args.batch_size, args.seed, args.restarts, args.ls_scale)
-        row['accuracy'] = {title: correct.mean().item() for title, correct in outcome.items()}
+            name, args.batch_size, args.seed, args.restarts, args.ls_scale, examples_of)
+        row['accuracy'] = {k: correct.mean().item() for k, correct in row['correct'].items()}
         if entropies is not None:
-            row['report'] = entropy_report(entropies, outcome['pgd20'], args.entropy_threshold)
             row['entropies'] = entropies
-        if args.figures:
-            features[name] = adversarial_features(model, images, labels, classes, args.epsilon,
-                                                  args.batch_size, args.seed)
+            row['report'] = entropy_report(entropies, row['correct']['pgd20'],
+                                           args.entropy_threshold)
         rows.append(row)
         model.cpu()
-    return columns, rows, features
+    if args.save_examples:
+        with models.replacing(args.save_examples) as f:
+            np.savez(f, labels=labels.cpu().numpy(), **examples_of)
+    return columns, rows
 
 
 def tables(args, heads, rows):
-    """The accuracies and, if pgd20 was run on all examples, the entropies: Markdown."""
-    def percent(values):
-        return ['-' if math.isnan(v) else f'{100 * v:.2f}' for v in values]
-    which = 'the first' if args.n_examples else 'all'
-    text = (f"Accuracy in % on {which} {rows[0]['n']:,} {args.split} images of {args.dataset}, by "
+    """The accuracies and, if pgd20 was run on all examples, the entropies; and the means of those
+    that differ in their seed alone: Markdown."""
+    def cells(values, spreads=None):
+        return ['-' if math.isnan(v) else f'{100 * v:.2f}' + (f' ± {100 * spreads[k]:.2f}'
+                if spreads else '') for k, v in values.items()]
+    which, n, t = 'the first' if args.n_examples else 'all', rows[0]['n'], args.entropy_threshold
+    text = (f'Accuracy in % on {which} {n:,} {args.split} images of {args.dataset}, by '
             f'attack (epsilon); seed {args.seed}, batches of {args.batch_size}, random starts of '
             f'PGD and LS {args.restarts}, LS scale {args.ls_scale:g}\n\n')
     text += markdown(['model', 'n', *heads], [
-        [row['model'], row['n'], *percent(row['accuracy'].values())] for row in rows])
-    if 'report' in rows[0]:
-        t = f'{args.entropy_threshold:g}'
+        [row['model'], n, *cells(row['accuracy'])] for row in rows])
+    entropy_heads = [f'above {t:g} (%)', f'accuracy above {t:g} (%)', f'accuracy up to {t:g} (%)']
+    if rows[0]['report']:
         text += ('\n\nEntropy of the predictions on the examples of pgd20, and the accuracy on '
                  'them\n\n')
-        text += markdown(['model', 'n', 'mean (nats)', f'above {t} (%)', f'accuracy above {t} (%)',
-                          f'accuracy up to {t} (%)'],
-                         [[row['model'], row['n'], f"{row['report']['entropy']:.3f}",
-                           *percent(list(row['report'].values())[1:])] for row in rows])
+        text += markdown(['model', 'n', 'mean (nats)', *entropy_heads], [
+            [row['model'], n, f"{row['report']['entropy']:.3f}", *cells(row['report'])[1:]]
+            for row in rows])
+    lines = []
+    for name, group in group_seeds(rows).items():
+        if len(group) > 1:
+            mean, sd = over_seeds(group).values()
+            line = [name, len(group), *cells(mean, sd)]
+            if rows[0]['report']:
+                line[2 + len(heads)] = f"{mean['entropy']:.3f} ± {sd['entropy']:.3f}"
+            lines.append(line)
+    if lines:
+        entropy_heads = ['entropy (nats)', *entropy_heads] if rows[0]['report'] else []
+        text += ('\n\nMean ± standard deviation over the models that differ in their seed alone'
+                 '\n\n')
+        text += markdown(['models', 'seeds', *heads, *entropy_heads], lines)
     return text
 
 
-def write_files(args, columns, heads, rows, features, classes, device):
-    """What --csv, --json and --figures ask for."""
+def write_numbers(args, columns, heads, rows, labels):
+    """What --csv, --json and --save-outcomes ask for; of several seeds mean and sd as well."""
+    seeds = {name: group for name, group in group_seeds(rows).items() if len(group) > 1}
     if args.csv:
-        write_csv(args.csv, ['model', 'path', 'n', *heads, *rows[0].get('report', [])],
-                  [[row['model'], row['path'], row['n'], *row['accuracy'].values(),
-                    *row.get('report', {}).values()] for row in rows])
+        lines = [[row['model'], row['path'], row['n'], *row['accuracy'].values(),
+                  *row['report'].values(), *standard_errors(row).values()] for row in rows]
+        lines += [[f'{name} ({what} of {len(group)} seeds)', '', rows[0]['n'], *values.values()]
+                  for name, group in seeds.items() for what, values in over_seeds(group).items()]
+        write_csv(args.csv, ['model', 'path', 'n', *heads, *rows[0]['report'],
+                             *(f'stderr of {head}' for head in heads)], lines)
     if args.json:
-        content = [{k: v for k, v in row.items() if k != 'entropies'} for row in rows]
-        for row in content:  # JSON has no NaN
-            row['report'] = {k: None if math.isnan(v) else v
-                             for k, v in row.get('report', {}).items()}
+        def plain(numbers):  # JSON has no NaN
+            return {k: None if math.isnan(v) else v for k, v in numbers.items()}
+        content = [{**{k: row[k] for k in ('model', 'path', 'n', 'weights', 'accuracy')},
+                    'stderr': standard_errors(row), 'report': plain(row['report'])}
+                   for row in rows]
+        means = [{'name': name, 'models': [row['model'] for row in group],
+                  **{k: plain(v) for k, v in over_seeds(group).items()}}
+                 for name, group in seeds.items()]
         with models.replacing(args.json, 'w') as f:
-            json.dump({'args': vars(args), 'columns': columns, 'versions': data.versions(device),
-                       'models': content}, f, indent=1)
-    if args.figures:
-        num_classes, threshold = data.DATASETS[args.dataset].num_classes, args.entropy_threshold
-        plot_entropy_histogram({row['model']: row['entropies'] for row in rows}, num_classes,
-                               threshold, args.figures)
-        strongest = min(reversed(list(rows[0]['accuracy'])[1:]),  # of equals the last
-                        key=lambda title: sum(row['accuracy'][title] for row in rows))
-        plot_entropy_vs_robustness(
-            {row['model']: (row['report']['high_entropy'], row['accuracy'][strongest])
-             for row in rows}, strongest, threshold, args.figures)
-        if min(len(y) for _, y in features.values()) < 5:
-            data.say('no tsne.png: fewer than 5 examples of its two classes', sys.stderr)
+            json.dump({'args': vars(args), 'columns': columns,
+                       'versions': data.versions(labels.device), 'models': content,
+                       'seeds': means}, f, indent=1)
+    if args.save_outcomes:
+        with models.replacing(args.save_outcomes) as f:
+            np.savez_compressed(f, models=[row['model'] for row in rows], labels=labels.cpu(),
+                                columns=list(rows[0]['correct']),
+                                correct=np.array([list(row['correct'].values()) for row in rows]))
+
+
+def write_figures(args, loaded, columns, rows, images, labels, names):
+    """What --figures asks for."""
+    groups, accuracy = group_seeds(rows), rows[0]['accuracy']
+    plot_entropy_histogram(groups, len(names), args.entropy_threshold, args.figures)
+    strongest = min(reversed(list(columns)[1:]),  # of equals the last
+                    key=lambda title: sum(row['accuracy'][title] for row in rows))
+    plot_entropy_vs_robustness(groups, strongest, args.entropy_threshold, args.figures)
+    if 'pgd20 - worst' in accuracy:
+        attacks = [WRITTEN[title] for title in columns if title in WRITTEN]
+        plot_pgd_vs_worst(groups, ', '.join(attacks), args.figures)
+    classes = {names.index(name): name for name in args.tsne_classes or names[:2]}
+    features = {}
+    for name, group in groups.items():  # of several seeds the first
+        model = loaded[group[0]['model']]
+        if hasattr(model, 'features'):
+            features[name] = adversarial_features(model.to(images.device), images, labels, classes,
+                                                  args.epsilon, args.batch_size, args.seed)
         else:
-            plot_tsne(features, classes, args.seed, args.figures)
-        logs = {row['model']: log for row in rows if (log := read_log(row['path']))}
-        if logs:
-            plot_training_curves(logs, args.figures)
-        else:
-            data.say('no training_curves.png: no log.csv beside any model', sys.stderr)
+            data.say(f'{name}: no panel in tsne.png, the network has no `features`', sys.stderr)
+    if min([len(y) for _, y in features.values()], default=0) < 5:
+        data.say('no tsne.png: fewer than 5 examples of its two classes', sys.stderr)
+    else:
+        plot_tsne(features, classes, args.seed, args.figures)
+    if any(row['log'] for row in rows):
+        plot_training_curves(groups, args.figures)
+    else:
+        data.say('no training_curves.png: no log.csv beside any model', sys.stderr)
 
 
 def main(argv=None):
     with data.command():
         args = parse_args(argv)
         with data.mistakes():
-            loaded, images, labels, classes = prepare(args)
+            loaded, images, labels, names = prepare(args)
+            rank, _ = data.init_processes(images.device, timedelta(days=30))
         try:
-            columns, rows, features = measure(args, loaded, images, labels, classes)
+            columns, rows = measure(args, loaded, images, labels)
             heads = [title if attack == 'clean' else f'{title} ({epsilon_text(epsilon)})'
                      for title, (attack, epsilon, _) in columns.items()]
-            with data.mistakes():
-                write_files(args, columns, heads, rows, features, classes, images.device)
-            data.say(tables(args, heads, rows))
+            heads += list(rows[0]['accuracy'])[len(heads):]
+            if rank == 0:
+                with data.mistakes():
+                    write_numbers(args, columns, heads, rows, labels)
+                    if args.figures:
+                        write_figures(args, loaded, columns, rows, images, labels, names)
+                data.say(tables(args, heads, rows))
+            data.over_processes(0)  # none leaves while another still needs it
         except KeyboardInterrupt:
             raise data.Stop('interrupted; the same command goes on where it was', 130) from None
 

@@ -328,8 +328,10 @@ def test_stopped_inside_an_epoch_and_resumed_is_exact(algorithm, step, runs, mon
 
 
 # Arguments: what the last process does before a step, which step, methods, flags
-SCRIPT = """import importlib, os, signal, sys, time, torch, bookkeeping
+SCRIPT = """import importlib, os, signal, sys, time, torch, bookkeeping, data
 end, last, methods, *args = sys.argv[1:]
+for number in signal.SIGINT, signal.SIGHUP:  # which nohup and shells let be ignored
+    signal.signal(number, signal.SIG_DFL)
 rank, share, steps, seeds = int(os.environ.get('RANK', 0)), bookkeeping.Run.share, [], set()
 def ends(run, *tensors):
     steps.append(1)
@@ -347,7 +349,7 @@ for name in methods.split(','):
 if 'RANK' in os.environ:
     of_both = [None, None]
     torch.distributed.all_gather_object(of_both, seeds)
-    assert bookkeeping.over_processes(rank) == 1 and not of_both[0] & of_both[1]
+    assert data.over_processes(rank) == 1 and not of_both[0] & of_both[1]
 """
 EXTRAS = '--ema 0.8 --awp-gamma 0.01 --awp-warmup 1 --lr-schedule cosine'
 
@@ -527,12 +529,13 @@ def test_a_process_that_dies_takes_the_run_down():
 @pytest.mark.parametrize('kind, backend', [('cuda', 'cpu:gloo,cuda:nccl'), ('cpu', 'gloo')])
 def test_processes_talk_of_tensors_on_gpus_and_cpus(kind, backend, monkeypatch):
     asked = []
-    monkeypatch.setattr(torch.distributed, 'init_process_group', asked.append)
-    monkeypatch.setattr(bookkeeping.atexit, 'register', lambda f: None)
+    monkeypatch.setattr(torch.distributed, 'init_process_group',
+                        lambda backend, timeout: asked.append(backend))
+    monkeypatch.setattr(data.atexit, 'register', lambda f: None)
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     launched = {'WORLD_SIZE': '4', 'RANK': '3', 'MASTER_ADDR': 'here', 'MASTER_PORT': '29500'}
     monkeypatch.setattr(os, 'environ', os.environ | launched)
-    assert bookkeeping.init_processes(torch.device(kind)) == (3, 4) and asked == [backend]
+    assert data.init_processes(torch.device(kind)) == (3, 4) and asked == [backend]
 
 
 def test_one_process_downloads_at_a_time(monkeypatch):
@@ -565,10 +568,11 @@ def test_an_epoch_is_each_image_once():
     assert sorted(drawn) == list(range(100)) != drawn
     (x, y), images = source.take((indices[0], None)), source.images[indices[0]].float() / 255
     assert torch.equal(x, images) and torch.equal(y, source.labels[indices[0]])
-    source.augmented = True
+    source.augment = 'crop'
     moved, y = source.take((indices[0], None))
     assert moved.shape == x.shape and moved.max() <= 1 and not torch.equal(moved, x)
-    assert [spec.augmented for spec in data.DATASETS.values()] == [True, True, False, False]
+    kinds = [spec.protocol['augment'] for spec in data.DATASETS.values()]
+    assert kinds == ['crop-flip', 'crop-flip', 'none', 'none']
 
 
 def test_validation_images_are_the_last_of_each_class_and_never_trained_on():
@@ -688,7 +692,7 @@ def test_a_step_keeps_what_it_should_and_a_network_compiles_once_for_each_use(mo
         assert not any(p.requires_grad for p in model.parameters())  # the attack needs none
         networks.append(model)
         formats.append([t.is_contiguous(memory_format=torch.channels_last) for t in (x, x_adv)])
-    spec = replace(data.DATASETS['digits'], load=load, in_channels=3)
+    spec = replace(data.DATASETS['digits'], load=load, shape=(3, 8, 8))
     monkeypatch.setitem(data.DATASETS, 'digits', spec)
     monkeypatch.setattr(torch, 'compile', lambda f, mode, dynamic: compile_(
         f, backend=lambda graph, inputs: (graphs.append(graph), graph.forward)[1], dynamic=dynamic,
@@ -839,8 +843,9 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(bookkeeping, 'synchronize', lambda device: None)
     monkeypatch.setattr(bookkeeping.Run, 'check_finite', lambda run: setattr(run, 'loss', 1.0))
     monkeypatch.setattr(bookkeeping.Run, 'save', lambda run, *names: None)
-    coloured = replace(data.DATASETS['digits'], in_channels=3, size=32, augmented=True, load=lambda
-                       *_: (torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.arange(9), None))
+    coloured = replace(
+        data.DATASETS['digits'], shape=(3, 32, 32), protocol=data.DIGITS | {'augment': 'crop-flip'},
+        load=lambda *_: (torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.arange(9), None))
     monkeypatch.setitem(data.DATASETS, 'digits', coloured)
     np.savez('extra.npz', image=np.zeros((4, 32, 32, 3), np.uint8), label=np.arange(4))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -1244,7 +1249,8 @@ def test_command(run_directory, trained, tmp_path, capsys):
     assert code == 0
     table = accuracies(out)
     assert list(table) == ['digits-at-seed1', 'digits-ew-at-seed1']
-    assert list(table['digits-at-seed1']) == ['clean', 'pgd20 (0.04)', 'ls (0.04)']
+    assert list(table['digits-at-seed1']) == ['clean', 'pgd20 (0.04)', 'ls (0.04)', 'worst',
+                                              'pgd20 - worst']
     assert 'first 12 test images of digits' in out and '| digits-at-seed1 | 12 |' in out
     images, labels = data.load_data('digits', train=False, size=12)
     correct, entropies = evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.04,
@@ -1371,11 +1377,12 @@ def test_figures(run_directory, trained, tmp_path, capsys, monkeypatch):
     code, out, _ = evaluated(capsys, '--model-path', *paths, '--attacks', 'fgsm', '--n-examples',
                              60, '--figures', tmp_path / 'figures', '--tsne-classes', 3, 8,
                              '--epsilon', 0.04)
-    assert code == 0 and list(accuracies(out)['b']) == ['clean', 'fgsm (0.04)', 'pgd20 (0.04)']
+    assert code == 0 and list(accuracies(out)['b'])[:3] == ['clean', 'fgsm (0.04)', 'pgd20 (0.04)']
     assert matplotlib.get_backend().lower() == 'agg'  # which no display is needed for
-    names = ['entropy_histogram', 'entropy_vs_robustness', 'training_curves', 'tsne']
+    names = ['entropy_histogram', 'entropy_vs_robustness', 'pgd_vs_worst', 'training_curves',
+             'tsne']
     assert sorted(os.listdir(tmp_path / 'figures')) == sorted(
-        f'{name}.{kind}' for name in names for kind in ('csv', 'png'))
+        f'{name}.{kind}' for name in names for kind in ('csv', 'pdf', 'png'))
     tables = {}
     for name in names:
         image = Image.open(tmp_path / 'figures' / f'{name}.png').convert('RGB')
@@ -1509,6 +1516,10 @@ WRAPS = {
     'a name under model': lambda s: {'model': 'smallcnn', 'state_dict': s},
     'no averaged weights yet': lambda s: {'ema_state_dict': None, 'state_dict': s},
     'nested': lambda s: {'model': {'state_dict': s}},
+    **{name: lambda s, name=name: {name: s, 'epoch': 3} for name in (
+        'last', 'best', 'weights', 'model_ema', 'rmodel')},
+    'Lightning': lambda s: {'state_dict': {f'net.{k}': v for k, v in s.items()}, 'hparams': {}},
+    'any prefix': lambda s: {f'wrapper.of.it.{k}': v for k, v in s.items()},
     **{prefix: lambda s, prefix=prefix: {f'{prefix}{k}': v for k, v in s.items()} for prefix in (
         'module.', 'model.', '_orig_mod.', 'module.0.', 'module._orig_mod.',
         '_orig_mod.module.model.', 'model.module.0._orig_mod.')},
@@ -1960,7 +1971,8 @@ def test_a_run_starts_from_weights_and_says_so(runs, monkeypatch):
                         (models.build_model('smallcnn', 10, 3), 'takes 3-channel images, not 1'),
                         (models.build_model('resnet18', 10, 1), 'does not fit smallcnn')):
         torch.save(wrong.state_dict(), 'wrong.pt')
-        assert f'wrong.pt: {told}' in fails('train_at', TINY, '--init-from wrong.pt')
+        line = fails('train_at', TINY, '--init-from wrong.pt')
+        assert re.search(f'wrong.pt(, on digits)?: {told}', line)
 
 
 def test_printed_commands_can_be_pasted(runs):
@@ -2007,6 +2019,398 @@ def test_an_interrupted_load_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(models, 'load_model', Mock(side_effect=KeyboardInterrupt))
     code, out, err = evaluated(capsys, '--model-path', 'a.pt')
     assert (code, out) == (130, '') and err.count('\n') == 1
+
+
+# ---------------------------------------------------------------- one's own network, data, seeds
+
+NET = """import torch.nn as nn
+import helper
+class Net(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.num_classes = self.in_channels = None  # no matter to ours
+        self.model = nn.Sequential(nn.Conv2d(1, helper.width, 5, 3), nn.BatchNorm2d(helper.width),
+                                   nn.ReLU(), nn.Flatten(), nn.Linear(576, num_classes))
+    def forward(self, x):
+        return self.model(x)
+class Featured(Net):
+    def features(self, x):
+        return self.model[:4](x)
+def plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+def raises():
+    raise RuntimeError('of the constructor')
+def eleven():
+    return nn.Linear(28, 11)
+def coloured(num_classes):
+    return nn.Conv2d(3, num_classes, 28)
+def number():
+    return 5
+class Hides(Net):
+    amp = 3
+"""
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """A file of networks, elsewhere; and nothing that was named before."""
+    monkeypatch.setattr(models, 'NAMED', os.path.abspath('named'))
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.delitem(sys.modules, 'helper', raising=False)
+    os.makedirs('elsewhere')
+    Path('elsewhere/net.py').write_text(NET)
+    Path('elsewhere/helper.py').write_text('width = 9')
+    return 'elsewhere/net.py:Net'
+
+
+@every_algorithm
+def test_ones_own_network_trains_goes_on_and_is_evaluated(algorithm, own, monkeypatch):
+    flags = f'{TINY} --arch {own} --entropy-weight {EXTRAS}'
+    main_of(f'train_{algorithm}', flags, '--epochs 3')
+    main_of(f'train_{algorithm}', flags, '--model-dir half')
+    os.makedirs('there')
+    monkeypatch.chdir('there')  # its file is found from anywhere, for it was named
+    main_of(f'train_{algorithm}', '--resume ../half --epochs 3')
+    state = last_of('../half')['state_dict']
+    assert list(state)[0] == 'model.0.weight'
+    assert state.keys() == last_of('../run')['state_dict'].keys()
+    model = models.load_model('../run/last.pt')
+    assert type(model).__name__ == 'Net' and not model.training
+    out, err = main_of('evaluate', '--model-path ../run/last.pt --attacks pgd10 pgd20 --n-examples '
+                       '40 --figures f')
+    assert list(accuracies(out)) == ['run/last'] and 'no `features`' in err
+    monkeypatch.setattr(models, 'NAMED', 'nothing')  # as on another machine: no file chooses code
+    for script, args in (('evaluate', '--model-path ../run/last.pt'),
+                         (f'train_{algorithm}', '--resume ../run')):
+        told = fails(script, args)
+        assert 'names code to run' in told and f"--arch {os.path.abspath('../' + own)}" in told
+    main_of('evaluate', '--model-path ../run/last.pt --attacks pgd10 --n-examples 4 --arch',
+            f'../{own}')
+
+
+def test_ones_own_network_takes_any_weights_and_its_features_are_drawn(own):
+    model = models.build_model('elsewhere/net.py:Featured', 10).eval()
+    bare = {k.removeprefix('plain.'): v for k, v in model.state_dict().items()}
+    x = torch.rand(2, 1, 28, 28)
+    for prefix in ('', 'module.', 'net.module.', 'model.'):
+        torch.save({'net': {prefix + k: v for k, v in bare.items()}}, 'w.pt')
+        loaded = models.load_model('w.pt', 'elsewhere/net.py:Featured', 10)
+        assert torch.equal(loaded(x), model(x))
+        assert loaded.penultimate_features(x).shape == (2, 576)
+    normalized = models.load_model('w.pt', 'elsewhere/net.py:Featured', 10, '0.25/0.5')
+    assert torch.equal(normalized(x), model((x - 0.25) / 0.5))
+    assert normalized.state_dict().keys() == bare.keys()
+    out, _ = main_of('evaluate', '--model-path w.pt --arch elsewhere/net.py:Featured --dataset '
+                     'digits --attacks pgd20 --n-examples 60 --figures f')
+    assert accuracies(out) and os.path.exists('f/tsne.png')
+    torch.save(models.build_model('elsewhere/net.py:plain').state_dict(), 'p.pt')
+    assert models.load_model('p.pt', 'elsewhere/net.py:plain')(x).shape == (2, 10)
+    models.build_model('torchvision.models:resnet18', 7)  # anybody's
+
+
+@pytest.mark.parametrize('arch, told', [
+    ('none.py:Net', 'No such file'), ('elsewhere/net.py:Nope', "no attribute 'Nope'"),
+    ('elsewhere/net.py:raises', r'RuntimeError: of the constructor \(net.py:17\)'),
+    ('elsewhere/net.py:eleven', r'gives \(2, 1, 28, 11\) of 2 images, not logits \(2, 10\)'),
+    ('elsewhere/net.py:coloured', r'does not take images \(1, 28, 28\)'),
+    ('elsewhere/net.py:number', 'gives a int'), ('elsewhere/net.py:Hides', 'amp .* be hidden'),
+    ('no.such:Net', "No module named 'no'"), ('elsewhere/helper.py', 'FILE.py:NAME')])
+def test_what_is_wrong_with_ones_own_network_is_one_line(arch, told, own):
+    assert re.search(told, fails('train_at', TINY, '--arch', arch))
+    torch.save({'w': torch.zeros(2)}, 'w.pt')
+    fails('evaluate', '--model-path w.pt --dataset digits --arch', arch)
+    assert not os.path.exists('run')
+
+
+def own_data(**changed):
+    """An own.npz of digits as 12 x 10 pixels of three channels, of the classes 0 to 4."""
+    arrays = {}
+    for split in ('train', 'test'):
+        images, labels = data.load_data('digits', train=split == 'train')
+        images = images[labels < 5][:80, :, 8:20, 8:18].expand(-1, 3, -1, -1)
+        arrays |= {f'{split}_images': images.permute(0, 2, 3, 1).numpy(),
+                   f'{split}_labels': labels[labels < 5][:80].numpy().astype(np.uint8)}
+    np.savez('own.npz', **{k: v for k, v in (arrays | changed).items() if v is not None})
+
+
+def test_ones_own_images_train_and_are_evaluated(monkeypatch):
+    own_data(class_names=['nought', 'one', 'two', 'three', 'four'])
+    args = train_at.parse_args(['--dataset', 'own.npz'])
+    protocol = data.DATASETS['cifar10'].protocol | {'augment': 'crop'}  # no flips
+    assert {k: getattr(args, k) for k in protocol} == protocol
+    small = '--dataset own.npz --arch wideresnet10-1 --epochs 2 --num-steps 2 --batch-size 16'
+    main_of('train_trades', small, '--entropy-weight --val-size 20')
+    run, = Path('runs').iterdir()
+    assert run.name.startswith('own-ew-trades-') and last_of(run)['num_classes'] == 5
+    os.makedirs('there')
+    monkeypatch.chdir('there')
+    main_of('train_trades', f'--resume ../{run} --epochs 3')
+    out, _ = main_of('evaluate', f'--model-path ../{run}/last.pt --attacks pgd20 --figures f '
+                     '--tsne-classes two four')
+    table, = accuracies(out).values()
+    assert list(table) == ['clean', 'pgd20 (8/255)'] and '80 test images of /' in out
+    with open('f/tsne.csv') as f:
+        assert {row['class'] for row in csv.DictReader(f)} == {'two', 'four'}
+    spec = data.find_dataset('../own.npz')
+    assert (spec.num_classes, spec.shape) == (5, (3, 12, 10))
+    assert '28 x 28' in fails('train_at', '--dataset ../own.npz --arch smallcnn')
+    assert 'has 5 classes in all' in fails('evaluate', '--attacks autoattack --model-path',
+                                           f'../{run}/last.pt')
+
+
+LABELS = np.arange(80) % 5
+
+
+@pytest.mark.parametrize('changed, told', [
+    ({'test_images': None}, 'not an .npz with test_images'), ({'train_labels': None}, 'labels'),
+    ({'train_labels': LABELS + 1}, '0 to K - 1'), ({'train_labels': LABELS * 1.0}, 'whole numbers'),
+    ({'train_labels': LABELS - 1}, 'whole numbers from 0'), ({'test_labels': LABELS + 4}, '0 to K'),
+    ({'train_labels': LABELS[:9]}, r'\(9,\)'), ({'train_labels': LABELS * 0}, 'K at least 2'),
+    ({'test_images': np.zeros((80, 9, 9, 3), np.uint8)}, 'differ in shape'),
+    ({'train_images': np.zeros((80, 12, 10, 3))}, 'float64'), ({'class_names': ['a']}, '5 classes'),
+    ({'test_images': np.array([None] * 80)}, 'allow_pickle')])
+def test_what_is_wrong_with_ones_own_images_is_one_line(changed, told):
+    own_data(**changed)
+    assert re.search(told, fails('train_at', '--dataset own.npz --arch wideresnet10-1'))
+    assert 'none.npz' in fails('train_at', '--dataset none.npz') and os.listdir() == ['own.npz']
+
+
+def seeds_of(runs, *names):
+    """Copies of runs of three seeds each, with other weights: paths of their last.pt."""
+    for name in names:
+        for seed in (1, 2, 3):
+            content = last_of(runs[name])
+            content['args'] |= {'seed': seed, 'model_dir': f'{seed}'}
+            content['state_dict']['classifier.fc3.bias'] += 0.02 * seed
+            os.makedirs(f'{name}-seed{seed}')
+            models.save_checkpoint(content, f'{name}-seed{seed}/last.pt')
+            shutil.copy(runs[name] / 'log.csv', f'{name}-seed{seed}')
+    return [f'{name}-seed{seed}/last.pt' for name in names for seed in (1, 2, 3)]
+
+
+def test_seeds_are_put_together(runs):
+    paths = seeds_of(runs, 'at', 'ew-at')
+    out, _ = main_of('evaluate', '--model-path', *paths, runs['mart'] / 'last.pt', '--attacks pgd20',
+                     'ls --n-examples 50 --epsilon 0.05 --csv a.csv --json a.json --figures f')
+    first, entropies, means = (part.strip().splitlines() for part in re.findall(
+        r'(?:^\|.*\n?)+', out, re.M))
+    rows = [re.split(r' *\| *', line)[1:-1] for line in means]
+    assert rows[0][:7] == ['models', 'seeds', 'clean', 'pgd20 (0.05)', 'ls (0.05)', 'worst',
+                           'pgd20 - worst']
+    assert [row[:2] for row in rows[2:]] == [['at/last', '3'], ['ew-at/last', '3']]
+    assert len(first) == 2 + 7 == len(entropies)
+    with open('a.json') as f:
+        content = json.load(f)
+    for i, group in enumerate(content['seeds']):
+        members = content['models'][3 * i:3 * i + 3]
+        assert [member['model'] for member in members] == group['models']
+        columns = 'clean', 'pgd20', 'ls', 'worst', 'pgd20 - worst'
+        for column, text in zip(columns, rows[2 + i][2:]):
+            values = [member['accuracy'][column] for member in members]
+            assert group['mean'][column] == pytest.approx(np.mean(values))
+            assert group['sd'][column] == pytest.approx(np.std(values, ddof=1))
+            assert text == f'{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}'
+        entropy = [member['report']['entropy'] for member in members]
+        assert rows[2 + i][7] == f'{np.mean(entropy):.3f} ± {np.std(entropy, ddof=1):.3f}'
+    share = content['models'][0]['accuracy']['clean']
+    error = math.sqrt(share * (1 - share) / 50)
+    assert content['models'][0]['stderr']['clean'] == pytest.approx(error)
+    with open('a.csv') as f:
+        lines = list(csv.DictReader(f))
+    assert [line['model'] for line in lines[7:]] == [
+        f'{name}/last ({what} of 3 seeds)' for name in ('at', 'ew-at') for what in ('mean', 'sd')]
+    assert float(lines[7]['worst']) == pytest.approx(content['seeds'][0]['mean']['worst'])
+    assert float(lines[0]['stderr of clean']) == pytest.approx(error)
+    with open('f/pgd_vs_worst.csv') as f:
+        drawn = {row['model']: row for row in csv.DictReader(f)}
+    assert list(drawn) == ['at/last', 'ew-at/last', 'mart/last']
+    assert float(drawn['at/last']['worst']) == pytest.approx(content['seeds'][0]['mean']['worst'])
+    out, _ = main_of('evaluate', '--model-path', *paths[:2], paths[0].replace('at-', 'ew-at-'),
+                     '--n-examples 20 --attacks clean --names one two three')
+    assert re.findall(r'^\| (\w+) \| (\d+) \| \d', out, re.M) == [
+        ('one', '20'), ('two', '20'), ('three', '20'), ('one', '2')]
+    for wrong in ('one', 'one one'):
+        assert '--names' in fails('evaluate', '--model-path', *paths[:2], '--names', wrong)
+
+
+def test_methods_have_a_colour_and_their_weighted_forms_another_line():
+    def row(algorithm, ew=False, tau=1.0):
+        return [{'about': {'algorithm': algorithm, 'args': {'entropy_weight': ew, 'tau': tau}}}]
+    groups = {'a': row('at'), 'b': row('at', True), 'c': row('at', True, math.inf),
+              'd': row('mart'), 'e': row('at'), 'f': [{'about': {}}]}
+    assert evaluate.styles(groups) == {'a': (0, 0), 'b': (0, 1), 'c': (0, 2), 'd': (1, 0),
+                                       'e': (2, 0), 'f': (3, 0)}
+
+
+def test_the_worst_case_is_what_withstands_all(trained):
+    images, labels = data.load_data('digits', train=False, size=20)
+    for attacks, added in ((['pgd20', 'ls', 'fgsm'], ['worst', 'pgd20 - worst']), (['pgd20'], []),
+                           (['fgsm', 'apgd-ce'], ['worst']), (['autoattack'], []),
+                           (['pgd20', 'autoattack'], ['worst', 'pgd20 - worst'])):
+        columns = evaluate.plan_columns(attacks, 0.1, 0.2)
+        outcome, _ = evaluate.evaluate_model(trained, images, labels, columns)
+        assert list(outcome) == [*columns, *added]
+        if added:
+            of_all = [outcome[k] for k in columns if not k.startswith('aa: ')]
+            assert (outcome['worst'] == np.logical_and.reduce(of_all)).all()
+        if len(added) == 2:
+            over = outcome['pgd20'].mean() - outcome['worst'].mean()
+            assert outcome['pgd20 - worst'].mean() == pytest.approx(over) and over >= 0
+    columns = evaluate.plan_columns(['pgd20', 'ls'], 0.05, 0.05, worst_case=True)
+    assert 'worst' not in evaluate.evaluate_model(trained, images, labels, columns)[0]
+
+
+def test_outcomes_and_adversarial_images_are_saved(run_directory, trained):
+    main_of('evaluate', '--model-path', run_directory / 'best.pt', '--attacks pgd20 autoattack',
+            '--n-examples 20 --batch-size 8 --epsilon 0.2 --save-outcomes o.npz --save-examples '
+            'e.npz --json a.json')
+    outcomes, examples = np.load('o.npz'), np.load('e.npz')
+    images, labels = data.load_data('digits', train=False, size=20)
+    with open('a.json') as f:
+        row, = json.load(f)['models']
+    means = dict(zip(outcomes['columns'].tolist(), outcomes['correct'].mean(2)[0]))
+    assert means == pytest.approx(row['accuracy']) and outcomes['models'] == [row['model']]
+    assert (outcomes['labels'] == labels.numpy()).all()
+    assert sorted(examples) == ['autoattack', 'labels', 'pgd20']
+    for attack in ('pgd20', 'autoattack'):
+        x_adv = torch.from_numpy(examples[attack])
+        assert (x_adv - data.to_float(images)).abs().max() <= 0.2 + 1e-6
+        with torch.no_grad():
+            stood = (trained(x_adv).argmax(1) == labels).numpy()
+        assert (stood == outcomes['correct'][0][list(means).index(attack)]).all()
+    assert 'one model' in fails('evaluate', '--model-path', run_directory / 'best.pt', 'o.npz',
+                                '--save-examples e.npz')
+
+
+def test_processes_share_an_evaluation_out(run_directory):
+    path, cache = run_directory / 'best.pt', run_directory / 'best.pt.eval.json'
+    args = (f'--model-path {path} --attacks pgd20 autoattack --n-examples 12 --batch-size 2 '
+            '--epsilon 0.2 --no-cuda').split()
+    one = python(ROOT / 'evaluate.py', *args)
+    known = json.loads(cache.read_text())
+    half = {k: [v if i % 3 else None for i, v in enumerate(of_k)] for k, of_k in known.items()}
+    for kept in ({}, half):
+        cache.write_text(json.dumps(kept))
+        two = python('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
+                     ROOT / 'evaluate.py', *args)
+        assert two.returncode == 0 and two.stdout == one.stdout, two.stderr
+        assert two.stderr.count('autoattack') == 1  # one speaks
+        assert json.loads(cache.read_text()) == known
+
+
+# ---------------------------------------------------------------- more of anyone's checkpoints
+
+@pytest.mark.parametrize('arch, parameters', [
+    ('resnet34', 21_282_122), ('resnet50', 23_520_842), ('preactresnet18-raw', 11_172_170),
+    ('preactresnet18-swish', 12_548_426), ('wideresnet28-10-swish', 36_479_194)])
+def test_their_networks_have_their_sizes_and_are_read_off_the_shapes(arch, parameters):
+    model = models.build_model(arch).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    torch.save(model.state_dict(), 'a.pt')
+    assert models.infer_arch(model.state_dict())[0] == arch.removesuffix('-raw')
+    x = torch.rand(2, 3, 32, 32)
+    loaded = models.load_model('a.pt', arch if arch.endswith('raw') else None)
+    assert loaded.penultimate_features(x).shape == (2, 2048 if arch == 'resnet50' else 512 if
+                                                    'wide' not in arch else 640)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def noisy(arch):
+    """A network whose batch normalization and biases are not those of a new one."""
+    torch.manual_seed(1)
+    model = models.build_model(arch).eval().double()
+    for name, value in model.state_dict().items():
+        if value.dim() == 1 and value.is_floating_point():
+            value.uniform_(0.5, 1.5) if 'var' in name or 'weight' in name else value.normal_(0, 0.1)
+    return model, model.state_dict()
+
+
+def norm(x, s, name):
+    return F.batch_norm(x, *(s[f'{name}.{k}'] for k in (
+        'running_mean', 'running_var', 'weight', 'bias')))
+
+
+@torch.no_grad()
+def test_swish_networks_are_deepminds_forward_pass():
+    """With the padding of TensorFlow: before a stride of 2 right and below alone."""
+    def swish(x):
+        return x / (1 + (-x).exp())
+    def conv(x, weight, stride):
+        if weight.shape[-1] == 3:
+            x = F.pad(x, (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1))
+        return F.conv2d(x, weight, stride=stride)
+    x = torch.rand(2, 3, 32, 32).double()
+    mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in (
+        (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)))
+    for arch, first, layers in (
+            ('wideresnet16-2-swish', 'init_conv', [f'layer.{i}.block' for i in range(3)]),
+            ('preactresnet18-swish', 'conv_2d', [f'layer_{i}' for i in range(4)])):
+        model, s = noisy(arch)
+        blocks = [f'{layer}.{j}' for layer in layers for j in (0, 1)]
+        out = conv((x - mean) / std, s[f'{first}.weight'], 1)
+        one, two = ('conv_0', 'conv_1') if 'wide' in arch else ('conv_2d_1', 'conv_2d_2')
+        for at in blocks:
+            stride = 2 if at.endswith('0') and at != blocks[0] else 1
+            act = swish(norm(out, s, f'{at}.batchnorm_0'))
+            short = out
+            if f'{at}.shortcut.weight' in s:
+                short = conv(act if 'wide' in arch else out, s[f'{at}.shortcut.weight'], stride)
+            out = conv(act, s[f'{at}.{one}.weight'], stride)
+            out = conv(swish(norm(out, s, f'{at}.batchnorm_1')), s[f'{at}.{two}.weight'], 1) + short
+        out = swish(norm(out, s, 'batchnorm')).mean((2, 3))
+        expected = F.linear(out, s['logits.weight'], s['logits.bias'])
+        torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-6)
+    hundred = models.build_model('wideresnet10-1-swish', 100).normalization
+    assert hundred == ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])
+    assert models.build_model('wideresnet10-1-swish', in_channels=1).normalization is None
+
+
+@torch.no_grad()
+def test_bottlenecks_and_raw_shortcuts_are_robustbenchs_forward_pass():
+    model, s = noisy('resnet50')
+    x, at = torch.rand(2, 64, 8, 8).double(), 'layer1.0'
+    out = F.relu(norm(F.conv2d(x, s[f'{at}.conv1.weight']), s, f'{at}.bn1'))
+    out = F.relu(norm(F.conv2d(out, s[f'{at}.conv2.weight'], padding=1), s, f'{at}.bn2'))
+    short = norm(F.conv2d(x, s[f'{at}.shortcut.0.weight']), s, f'{at}.shortcut.1')
+    expected = F.relu(norm(F.conv2d(out, s[f'{at}.conv3.weight']), s, f'{at}.bn3') + short)
+    torch.testing.assert_close(model.layer1[0](x), expected)
+    model, s = noisy('preactresnet18-raw')
+    at = 'layer2.0'
+    out = F.conv2d(F.relu(norm(x, s, f'{at}.bn1')), s[f'{at}.conv1.weight'], None, 2, 1)
+    out = F.conv2d(F.relu(norm(out, s, f'{at}.bn2')), s[f'{at}.conv2.weight'], padding=1)
+    expected = out + F.conv2d(x, s[f'{at}.shortcut.0.weight'], stride=2)
+    torch.testing.assert_close(model.layer2[0](x), expected)
+    activated = noisy('preactresnet18')[0]
+    assert evaluate.weights_hash(model) != evaluate.weights_hash(activated)  # of the same weights
+
+
+def test_swish_networks_train_from_weights_and_keep_their_normalization():
+    np.random.seed(0)
+    arrays = {f'{split}_{kind}': of() for split in ('train', 'test') for kind, of in (
+        ('images', lambda: np.random.randint(256, size=(20, 32, 32, 3), dtype=np.uint8)),
+        ('labels', lambda: np.arange(20) % 10))}
+    np.savez('own.npz', **arrays)
+    small = '--dataset own.npz --arch wideresnet10-1-swish --epochs 1 --num-steps 1 --model-dir'
+    main_of('train_at', small, 'a')
+    main_of('train_at', small, 'b --init-from a/last.pt')
+    x, saved = torch.rand(2, 3, 32, 32), models.load_model('a/last.pt')
+    own = models.load_model('a/last.pt', normalize='0.5/0.5')
+    torch.testing.assert_close(own(x), own.plain_forward((x - 0.5) / 0.5))
+    assert not torch.allclose(own(x), saved(x)) and saved.normalization[0][0] == 0.4914
+    torch.save(last_of('a')['state_dict'] | {'mean': torch.zeros(3), 'std': torch.ones(3)}, 'n.pt')
+    assert models.load_model('n.pt').normalization == ([0.0] * 3, [1.0] * 3)
+    assert 'which no run keeps' in fails('train_at', small, 'c --init-from n.pt')
+
+
+def test_implausibly_little_is_said_of_others_files(trained, runs):
+    wrong = models.build_model('smallcnn')
+    nn.init.normal_(wrong.classifier.fc3.weight)
+    torch.save(wrong.state_dict(), 'wrong.pt')
+    torch.save(trained.state_dict(), 'right.pt')
+    args = '--dataset digits --attacks clean --n-examples 50 --model-path'
+    assert '--arch preactresnet18-raw' in main_of('evaluate', args, 'wrong.pt')[1]
+    for path in ('right.pt', runs['mart'] / 'last.pt'):  # ours are what they say
+        assert '--normalize' not in main_of('evaluate', args, path)[1]
 
 
 # ---------------------------------------------------------------- the README

@@ -146,7 +146,7 @@ def parse_args(argv=None):
     add('--num-steps', type=data.whole(1), help='of the attack; by data set')
     data.add_data_args(parser)
     add = parser.add_argument_group('optimisation').add_argument
-    add('--arch', help=f'{", ".join(models.ARCHS)}; by data set')
+    add('--arch', type=models.full_arch, help=f'{models.KNOWN_ARCHS}; by data set')
     add('--init-from', metavar='FILE', help='start from these weights, any that evaluate.py loads')
     add('--batch-size', type=data.whole(1), help='of all processes together; by data set')
     add('--epochs', type=data.whole(1), help='by data set')
@@ -186,7 +186,7 @@ def train(args):
         run = bookkeeping.Run(args, ALGORITHM)
         images = data.TrainingData(args, run.device)
         data.seed_everything(args.seed)
-        model = models.build_model(args.arch, images.num_classes, images.in_channels,
+        model = models.build_model(args.arch, images.num_classes, images.shape[0],
                                    init_from=None if args.resume else args.init_from)
         model = bookkeeping.same_everywhere(
             model.to(run.device, memory_format=torch.channels_last))
@@ -194,7 +194,7 @@ def train(args):
                                     weight_decay=args.weight_decay, fused=run.device.type == 'cuda')
         models.accelerate(model, args, run.world)
         ema = models.copy_of(model) if args.ema else None
-        run.begin(images.images_per_epoch, model, optimizer, ema)
+        run.begin(images, model, optimizer, ema)
 
     for epoch in range(run.epoch, args.epochs):
         data.seed_everything(args.seed, epoch)
@@ -209,10 +209,8 @@ def train(args):
             x, x_start, y = run.share(x, random_start(x, args.epsilon), y)
             data.seed_everything(args.seed, epoch, step, 1 + run.rank)  # for dropout
 
-            model.requires_grad_(False)  # saves the attack memory, and gradients if compiled
-            adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
-            model.requires_grad_(True)
-
+            with models.frozen(model):
+                adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
             loss_args = dict(model=model, x_natural=x, y=y, optimizer=optimizer, adv=adv,
                              perturb_steps=args.num_steps, entropy_weight=args.entropy_weight,
                              tau=args.tau, reduction='sum', **loss_options(args, epoch))

@@ -10,9 +10,12 @@ x_adv maximises the KL within epsilon of x, from a start of 0.001 Gaussian noise
     python train_trades.py --dataset digits --entropy-weight --beta 5.5   # minutes on a CPU
 
 Departures from the official code, none of which changes the loss: the clean example is forwarded
-once for the whole attack and once for the loss (there: at every step, and twice), so that BN
-statistics see it once a step; the KL is computed from log-probabilities, whose gradient stays
-finite where the softmax underflows to zero.
+once for the whole attack and once for the loss (there: at every step, and twice); the KL is
+computed from log-probabilities, whose gradient stays finite where the softmax underflows to zero.
+So BN statistics move twice a step, there three times, and the network in eval mode, which is what
+the next attack sees, differs a little. In float32 the first signs of the attack are rounding noise:
+given the same start, ten steps may end elsewhere and move the gradient, too. The noise is drawn in
+the memory order of x: of a channels_last batch in another order than the official code's.
 """
 import torch
 import torch.nn.functional as F
@@ -143,7 +146,7 @@ def parse_args(argv=None):
     add('--num-steps', type=data.whole(1), help='of the attack; by data set')
     data.add_data_args(parser)
     add = parser.add_argument_group('optimisation').add_argument
-    add('--arch', help=f'{", ".join(models.ARCHS)}; by data set')
+    add('--arch', type=models.full_arch, help=f'{models.KNOWN_ARCHS}; by data set')
     add('--init-from', metavar='FILE', help='start from these weights, any that evaluate.py loads')
     add('--batch-size', type=data.whole(1), help='of all processes together; by data set')
     add('--epochs', type=data.whole(1), help='by data set')
@@ -183,7 +186,7 @@ def train(args):
         run = bookkeeping.Run(args, ALGORITHM)
         images = data.TrainingData(args, run.device)
         data.seed_everything(args.seed)
-        model = models.build_model(args.arch, images.num_classes, images.in_channels,
+        model = models.build_model(args.arch, images.num_classes, images.shape[0],
                                    init_from=None if args.resume else args.init_from)
         model = bookkeeping.same_everywhere(
             model.to(run.device, memory_format=torch.channels_last))
@@ -191,7 +194,7 @@ def train(args):
                                     weight_decay=args.weight_decay, fused=run.device.type == 'cuda')
         models.accelerate(model, args, run.world)
         ema = models.copy_of(model) if args.ema else None
-        run.begin(images.images_per_epoch, model, optimizer, ema)
+        run.begin(images, model, optimizer, ema)
 
     for epoch in range(run.epoch, args.epochs):
         data.seed_everything(args.seed, epoch)
@@ -206,10 +209,8 @@ def train(args):
             x, x_start, y = run.share(x, random_start(x, args.epsilon), y)
             data.seed_everything(args.seed, epoch, step, 1 + run.rank)  # for dropout
 
-            model.requires_grad_(False)  # saves the attack memory, and gradients if compiled
-            adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
-            model.requires_grad_(True)
-
+            with models.frozen(model):
+                adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
             loss_args = dict(model=model, x_natural=x, y=y, optimizer=optimizer, adv=adv,
                              perturb_steps=args.num_steps, entropy_weight=args.entropy_weight,
                              tau=args.tau, reduction='sum', **loss_options(args, epoch))
