@@ -81,8 +81,7 @@ def resumed_args(parser, argv, directory, algorithm):
     if run.get('device') == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'{directory}: began on a CUDA device, whose random numbers no CPU draws, '
                          'and there is none here')
-    if run.get('device') == 'cpu':
-        saved['no_cuda'] = True
+    saved['no_cuda'] |= run.get('device') == 'cpu'
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     if not any(word.startswith('--arch') for word in argv or sys.argv[1:]):
@@ -91,8 +90,8 @@ def resumed_args(parser, argv, directory, algorithm):
     for name, value in saved.items():
         given = getattr(args, name)
         if given != value and (name not in RESUMABLE or name == 'epochs' and given < value):
-            flag = '--' + name.replace('_', '-')
-            raise ValueError(f'{flag} {given} is not that of the run, {value}')
+            raise ValueError(f'--{name.replace("_", "-")} {given} is not that of the run, {value}')
+    data.fill_protocol(args)  # with flags that are younger than the run
     return args
 
 
@@ -176,15 +175,15 @@ class Run:
                       'args': vars(args), 'device': self.device.type,
                       'versions': data.versions(self.device)}
         self.write_config()
-        weighted = ' with entropy weights' if args.entropy_weight else ''
-        self.say(f'{self.algorithm}{weighted}: {args.arch}, {args.epochs} epochs of '
-                 f'{self.images_per_epoch:,} images of {args.dataset}, {self.world} process(es) on '
-                 f'{self.about["versions"]["device"]}; kept in {args.model_dir}; best.pt is '
-                 'selected on the '
-                 + ('validation images' if args.val_size else 'test images (optimistic)'))
-        if args.amp and not models.has_bfloat16(self.device) and self.rank == 0:
-            data.say('--amp: this CPU has no bfloat16 units, float32 is many times as fast: '
-                     'leave --amp out', sys.stderr)
+        method = self.algorithm + ' with entropy weights' * args.entropy_weight
+        selected = 'validation images' if args.val_size else 'test images (optimistic)'
+        data.tell(f'{method}: {args.arch}, {args.epochs} epochs of {self.images_per_epoch:,} '
+                  f'images of {args.dataset}, {self.world} process(es) on '
+                  f'{self.about["versions"]["device"]}; kept in {args.model_dir}; best.pt is '
+                  f'selected on the {selected}')
+        if args.amp and not models.has_bfloat16(self.device):
+            data.tell('--amp: this CPU has no bfloat16 units, float32 is many times as fast: leave '
+                      '--amp out', sys.stderr)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self.catch)
@@ -193,15 +192,14 @@ class Run:
         """config.json: the settings, the command that began the run, and those that went on."""
         if self.rank > 0:
             return
-        path, began = os.path.join(self.args.model_dir, 'config.json'), {}
+        path = os.path.join(self.args.model_dir, 'config.json')
+        began, resumed = {'command': sys.argv}, []
         if self.args.resume:
             with contextlib.suppress(OSError, ValueError), open(path) as f:
                 began = json.load(f)
-        config = self.about | {'processes': self.world,
-                               'command': began.get('command', sys.argv),
-                               'resumed': began.get('resumed', [])}
-        if self.args.resume:
-            config['resumed'].append(sys.argv)
+            resumed = [*began.get('resumed', []), sys.argv]
+        config = self.about | {'processes': self.world, 'resumed': resumed,
+                               'command': began.get('command', sys.argv)}
         # JSON has no infinity: as a text, 'Infinity'
         config = json.loads(json.dumps(config), parse_constant=str)
         try:
@@ -209,10 +207,6 @@ class Run:
                 json.dump(config, f, indent=1)
         except OSError as error:
             data.say(f'{path} could not be written ({error.strerror}); going on', sys.stderr)
-
-    def say(self, text):
-        if self.rank == 0:
-            data.say(text)
 
     def steps(self, num_steps):
         """The steps of an epoch that are still to be done, from 0; after_step counts them."""
@@ -264,8 +258,8 @@ class Run:
             mean = f'{self.loss:.3f}'
             self.bar.set_postfix(loss=mean)
             if report and self.bar.disable:
-                self.say(f'epoch {self.epoch + 1}/{self.args.epochs}  '
-                         f'step {self.step}/{self.num_steps}  loss {mean}')
+                data.tell(f'epoch {self.epoch + 1}/{self.args.epochs}  '
+                          f'step {self.step}/{self.num_steps}  loss {mean}')
         if not done:
             if due:
                 self.save('last')
@@ -293,7 +287,7 @@ class Run:
         if self.args.save_freq and self.epoch % self.args.save_freq == 0:
             names.append(f'epoch-{self.epoch}')
         self.save(*names, 'last')
-        self.say(describe(row, self.args.epochs))
+        data.tell(describe(row, self.args.epochs))
         careful = not self.args.allow_chance and not self.args.resume
         if careful and is_stuck(self.log, self.num_classes):
             self.stop(3, 'no better than chance for five epochs, and the loss does not fall; '
@@ -309,8 +303,8 @@ class Run:
         best = accuracies(best_row(self.log))
         script = os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py')
         path = os.path.join(self.args.model_dir, 'best.pt')
-        self.say(f'best epoch {best_row(self.log)["epoch"]}: {best}. Next: '
-                 + shlex.join(['python', script, '--model-path', path]))
+        data.tell(f'best epoch {best_row(self.log)["epoch"]}: {best}. Next: '
+                  + shlex.join(['python', script, '--model-path', path]))
 
     def save(self, *names):
         """Write <name>.pt for each name, 'last' at the end, and log.csv.

@@ -455,6 +455,12 @@ def say(text, stream=None):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def tell(text, stream=None):
+    """say(), of several processes by one."""
+    if processes()[0] == 0:
+        say(text, stream)
+
+
 def lock(file, wait=True):
     """Lock an open file until it is closed; BlockingIOError if it is locked and wait is False.
 

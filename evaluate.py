@@ -219,7 +219,7 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     save(). desc: of the progress bar, None for none. found: a float32 array (N, C, H, W) that takes
     the adversarial images. Under several processes the batches are shared out.
     """
-    records = [] if records is None else records
+    records = records if records is not None else []
     index = np.arange(len(images)) if examples is None else np.flatnonzero(examples)
     batches = [index[i:i + batch_size] for i in range(0, len(index), batch_size)]
     rank, world = data.processes()
@@ -394,20 +394,14 @@ def evaluate_model(model, images, labels, columns, results=None, identity=None, 
                                             found, **options)
         if attack == 'pgd20' and after is None:
             entropies = h
-        accuracy = outcome[title].mean()
-        tell(f'{name}: {title} {accuracy:.2%} of {len(labels):,} ({time.time() - began:.0f} s)')
-        if attack == 'clean' and accuracy < 0.25 + 1 / int(labels.max() + 1) and not (
-                'args' in getattr(model, 'about', ())):
-            tell(f'{name}: that is little for a trained network; perhaps it wants --normalize, '
-                 'another --dataset, or --arch preactresnet18-raw (shortcuts from the raw input)')
+        accuracy, seconds = outcome[title].mean(), time.time() - began
+        data.tell(f'{name}: {title} {accuracy:.2%} of {len(labels):,} ({seconds:.0f} s)',
+                  sys.stderr)
+        if attack == 'clean' and accuracy < 0.3 and 'args' not in getattr(model, 'about', ()):
+            data.tell(f'{name}: that is little for a trained network; perhaps it needs --normalize,'
+                      ' another --dataset, or --arch preactresnet18-raw', sys.stderr)
     add_worst_case(outcome, columns)
     return outcome, entropies
-
-
-def tell(text):
-    """A line on stderr, of several processes by one."""
-    if data.processes()[0] == 0:
-        data.say(text, sys.stderr)
 
 
 def epsilon_text(epsilon):
@@ -506,9 +500,9 @@ def figure(path, header, table, height, rows=1, panels=(), legend='outside lower
     """A figure and its axes (rows, columns); at the end it is path.png and path.pdf, and the
     numbers path.csv.
 
-    It is 3.5 inches (a column of text) wide. panels: names of panels, two in a row if several;
-    without them there is one column of `rows`. height: of half the width. The legend is of what is
-    labelled in the first panel. header, table: of the CSV; the table may be filled meanwhile.
+    It is 3.5 inches (a column of text) wide. panels: their names, two in a row if several; without
+    them there is one column of `rows`. height: of half the width. The legend is that of the first
+    panel. header, table: of the CSV; the table may be filled meanwhile.
     """
     import matplotlib
     matplotlib.use('Agg')  # needs no display
@@ -579,8 +573,7 @@ def plot_entropy_vs_robustness(groups, attack, threshold, directory):
             points = np.array([(row['report']['high_entropy'], row['accuracy'][attack])
                                for row in rows])
             table.append([name, *points.mean(0)])
-            spread = points.std(0, ddof=1) * 100 if len(rows) > 1 else [None, None]
-            colour, variant = style[name]
+            spread, (colour, variant) = points.std(0, ddof=len(rows) > 1) * 100, style[name]
             ax.errorbar(*points.mean(0) * 100, xerr=spread[0], yerr=spread[1], elinewidth=0.6,
                         fmt=MARKERS[colour % 8], color=COLOURS[colour % 8], label=shorten(name),
                         fillstyle=['full', 'none', 'left'][variant], linestyle='none')
@@ -596,7 +589,7 @@ def plot_pgd_vs_worst(groups, attacks, directory):
              for name, rows in groups.items()}
     with figure(os.path.join(directory, 'pgd_vs_worst'), ['model', *columns],
                 [[name, *values] for name, values in means.items()],
-                0.35 + 0.09 * len(groups)) as (_, [[ax]]):
+                0.35 + 0.09 * len(groups)) as (drawn, [[ax]]):
         for y, (name, (pgd, worst, _)) in enumerate(means.items()):
             colour, variant = style[name]
             ax.plot([100 * worst, 100 * pgd], [y, y], color=COLOURS[colour % 8], linewidth=1.8,
@@ -611,7 +604,8 @@ def plot_pgd_vs_worst(groups, attacks, directory):
             ax.plot([], [], marker, fillstyle=fill, color='0.2', markersize=3.5, label=text)
         ax.set_yticks(range(len(means)), [shorten(name) for name in means])
         ax.set_ylim(len(means) - 0.5, -0.7)
-        ax.set_xlabel('robust accuracy (%); number: points by which PGD-20 overstates it')
+        drawn.supxlabel('robust accuracy (%); numbers: points by which PGD-20 overstates it',
+                        fontsize=7)
 
 
 def plot_tsne(features, classes, seed, directory):
@@ -638,25 +632,22 @@ def plot_training_curves(groups, directory):
     texts = {'clean': 'clean accuracy (%)', 'pgd10': 'PGD-10 accuracy (%)',
              'entropy': 'PGD-10 entropy (nats)'}
     style = styles(groups)
-    logs = {name: [row['log'] for row in rows if row['log']] for name, rows in groups.items()}
-    table = [[row['model'], *line.values()] for rows in groups.values() for row in rows
-             for line in row['log']]
+    rows = [row for group in groups.values() for row in group]
+    table = [[row['model'], *line.values()] for row in rows for line in row['log']]
     with figure(os.path.join(directory, 'training_curves'), ['model', *CURVES], table, 0.63, rows=3,
                 sharex=True) as (_, axes):
         for ax, (column, text) in zip(axes[:, 0], texts.items()):
             scale = 1 if column == 'entropy' else 100
             for name, (colour, variant) in style.items():
-                lines = list(zip(*logs[name]))  # by epoch; as far as all seeds got
+                logs = [row['log'] for row in groups[name] if row['log']]
+                lines = list(zip(*logs))  # by epoch, as far as all seeds got
                 epochs = [line[0]['epoch'] for line in lines]
                 values = np.array([[scale * one[column] for one in line] for line in lines])
-                if not lines:
-                    continue
-                mean = values.mean(1)
-                ax.plot(epochs, mean, label=shorten(name), color=COLOURS[colour % 8],
-                        linestyle=['-', '--', ':'][variant], marker='.' if len(epochs) == 1 else '')
-                if len(logs[name]) > 1:
-                    spread = values.std(1, ddof=1)
-                    ax.fill_between(epochs, mean - spread, mean + spread, alpha=0.2, linewidth=0,
+                if lines:
+                    mean, sd = values.mean(1), values.std(1, ddof=len(logs) > 1)
+                    ax.plot(epochs, mean, label=shorten(name), color=COLOURS[colour % 8],
+                            linestyle=['-', '--', ':'][variant], marker='.' * (len(lines) == 1))
+                    ax.fill_between(epochs, mean - sd, mean + sd, alpha=0.2, linewidth=0,
                                     color=COLOURS[colour % 8])
             ax.set_ylabel(text)
         axes[-1, 0].set_xlabel('epoch')
@@ -680,8 +671,7 @@ def read_log(model_path):
 
 def adversarial_features(model, images, labels, classes, epsilon, batch_size, seed):
     """Penultimate features (M, D) of PGD-20 examples, TSNE_EXAMPLES a class at most; labels."""
-    index = torch.cat([(labels == k).nonzero()[:TSNE_EXAMPLES, 0] for k in classes])
-    features = []
+    features, index = [], torch.cat([(labels == k).nonzero()[:TSNE_EXAMPLES, 0] for k in classes])
     with exact(model, images.device), torch.no_grad():
         for begin in range(0, len(index), batch_size):
             batch = index[begin:begin + batch_size]
@@ -711,8 +701,7 @@ def parse_args(argv=None):
         help=f"{', '.join(data.DATASETS)} or FILE.npz (default: what the checkpoint says)")
     add('--data-dir', default='./data', metavar='DIR', help='where it is, or is downloaded to')
     add('--split', choices=('test', 'train'), default='test')
-    add('--n-examples', type=data.whole(1), metavar='N',
-        help='only the first N images, from 1 (default: all)')
+    add('--n-examples', type=data.whole(1), help='only the first N images, from 1 (default: all)')
     add = parser.add_argument_group('attacks').add_argument
     add('--attacks', nargs='+', choices=ATTACKS, default=ATTACKS[:6], metavar='A',
         help=f"from {', '.join(ATTACKS)}; clean is always there")
@@ -722,16 +711,14 @@ def parse_args(argv=None):
         f'the steps scale with it (default: {radii})')
     add('--aa-epsilon', type=data.pixels, metavar='E', help='another radius for autoattack and '
         "its four; the paper's is 0.031 on CIFAR (default: --epsilon)")
-    add('--restarts', type=data.whole(1), default=1, metavar='N',
-        help='random starts of PGD and LS, from 1')
-    add('--ls-scale', type=data.real('(0, inf)'), default=10.0, metavar='S',
+    add('--restarts', type=data.whole(1), default=1, help='random starts of PGD and LS, from 1')
+    add('--ls-scale', type=data.real('(0, inf)'), default=10.0,
         help='what ls multiplies the logits by in its loss, above 0')
     add('--worst-case', action='store_true', help='each attack only on what withstood those before '
         'it: sooner at the worst case, but then a column (+) is not of one attack alone')
     add = parser.add_argument_group('run').add_argument
     add('--batch-size', type=data.whole(1), default=250, metavar='N', help='images at once, from 1')
-    add('--seed', type=data.whole(0, 2 ** 32 - 1), default=1, metavar='S',
-        help='of the random starts, from 0')
+    add('--seed', type=data.whole(0, 2 ** 32 - 1), default=1, help='of the random starts, from 0')
     add('--no-cuda', action='store_true', help='evaluate on the CPU')
     add = parser.add_argument_group('reports').add_argument
     add('--entropy-threshold', type=data.real('[0, inf)'), default=1.5, metavar='T',
@@ -779,11 +766,9 @@ def prepare(args):
               for name, path in zip(names, args.model_path)}
     found = {args.dataset or model.about.get('dataset', 'none') for model in loaded.values()}
     args.dataset = next(iter(found))
-    known = args.dataset in data.DATASETS or args.dataset.endswith('.npz')
-    if len(found) > 1 or not known:
+    if len(found) > 1 or not (args.dataset in data.DATASETS or args.dataset.endswith('.npz')):
         raise ValueError(f"data set named in the checkpoints: {' and '.join(sorted(found))}; give "
-                         f"one --dataset, of {', '.join(data.DATASETS)} or FILE.npz, for all of "
-                         'them')
+                         f"one --dataset for all, of {', '.join(data.DATASETS)} or FILE.npz")
     spec = data.find_dataset(args.dataset)
     for path, model in zip(args.model_path, loaded.values()):
         models.check_fit(model, spec.shape, spec.num_classes, f'{path}, on {args.dataset}')
@@ -796,8 +781,7 @@ def prepare(args):
                          f'{args.dataset} has {spec.num_classes} classes in all; apgd-ce and '
                          'square work')
     if args.figures:
-        import matplotlib.pyplot
-        import sklearn.manifold
+        import matplotlib.pyplot, sklearn.manifold  # noqa: are they there?
         os.makedirs(args.figures, exist_ok=True)
     files = args.csv, args.json, args.save_outcomes, args.save_examples
     for path in filter(None, [*files, args.figures and os.path.join(args.figures, '')]):
@@ -822,10 +806,8 @@ def measure(args, loaded, images, labels):
     if args.figures:
         columns.setdefault('pgd20', ('pgd20', args.epsilon, None))
     content = images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()
-    identity = dict(dataset=args.dataset, split=args.split,
+    identity = dict(dataset=os.path.basename(args.dataset), split=args.split,
                     data=hashlib.sha256(content).hexdigest())
-    if args.dataset not in data.DATASETS:  # the same images, wherever the file lies
-        identity['dataset'] = os.path.basename(args.dataset)
     rows, examples_of = [], {} if args.save_examples else None
     for (name, model), path in zip(loaded.items(), args.model_path):
         model.to(images.device, memory_format=torch.channels_last)

@@ -2190,8 +2190,8 @@ def seeds_of(runs, *names):
 
 def test_seeds_are_put_together(runs):
     paths = seeds_of(runs, 'at', 'ew-at')
-    out, _ = main_of('evaluate', '--model-path', *paths, runs['mart'] / 'last.pt', '--attacks pgd20',
-                     'ls --n-examples 50 --epsilon 0.05 --csv a.csv --json a.json --figures f')
+    out, _ = main_of('evaluate', '--model-path', *paths, runs['mart'] / 'last.pt', '--attacks',
+                     'pgd20 ls --n-examples 50 --epsilon 0.05 --csv a.csv --json a.json --figures f')
     first, entropies, means = (part.strip().splitlines() for part in re.findall(
         r'(?:^\|.*\n?)+', out, re.M))
     rows = [re.split(r' *\| *', line)[1:-1] for line in means]
