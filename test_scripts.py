@@ -4,6 +4,7 @@ import copy
 import csv
 import datetime
 import fcntl
+import fnmatch
 import importlib
 import io
 import json
@@ -2191,7 +2192,8 @@ def seeds_of(runs, *names):
 def test_seeds_are_put_together(runs):
     paths = seeds_of(runs, 'at', 'ew-at')
     out, _ = main_of('evaluate', '--model-path', *paths, runs['mart'] / 'last.pt', '--attacks',
-                     'pgd20 ls --n-examples 50 --epsilon 0.05 --csv a.csv --json a.json --figures f')
+                     'pgd20 ls --n-examples 50 --epsilon 0.05 --csv a.csv --json a.json',
+                     '--figures f')
     first, entropies, means = (part.strip().splitlines() for part in re.findall(
         r'(?:^\|.*\n?)+', out, re.M))
     rows = [re.split(r' *\| *', line)[1:-1] for line in means]
@@ -2415,18 +2417,42 @@ def test_implausibly_little_is_said_of_others_files(trained, runs):
 
 # ---------------------------------------------------------------- the README
 
-README = (ROOT / 'README.md').read_text()
-COMMANDS = [line for line in re.findall(r'(?:^|&& |`)((?:python|torchrun) [^`\n]*)', README, re.M)
-            if '.py' in line]
+README, RESULTS = ((ROOT / name).read_text() for name in ('README.md', 'results/README.md'))
+COMMANDS = re.findall(r'(?:^|&& |`)((?:python|torchrun) [^`\n]*\.py[^`\n]*)', README + RESULTS, re.M)
 
 
 def test_the_readme_has_the_commands_that_matter():
-    assert len(COMMANDS) > 35
+    assert len(COMMANDS) > 60
     tests = 'pip install -r requirements.txt && python -m pytest -q'
     assert tests in README
     assert ('pip install -r requirements.txt && python train_trades.py --dataset digits '
             '--entropy-weight --beta 5.5') in README
     assert tests.replace('install', 'install -q') in (ROOT / '.ci' / 'run').read_text()
+
+
+def test_what_the_readme_links_to_is_there():
+    for folder, text in ((ROOT, README), (ROOT / 'results', RESULTS)):
+        for link, anchor in re.findall(r'\]\(((?!http)[^)#]+)(#[^)]*)?\)', text):
+            assert (folder / link).exists(), link
+            headings = re.findall('^#+ (.*)', (folder / link).read_text(), re.M) if anchor else []
+            names = ['#' + re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-') for h in headings]
+            assert not anchor or anchor in names
+
+
+def test_all_recipes_run_in_one_folder():
+    """Each in a directory of its own, and evaluated by the next command that names it."""
+    recipes, = re.findall(r'^## Recipes.*?```bash\n(.*?)```', README, re.M | re.S)
+    made, named = [], set()
+    for line in recipes.splitlines():
+        _, script, *args = line.split()
+        if script.startswith('train_'):
+            made.append(importlib.import_module(script[:-3]).parse_args(args).model_dir)
+        elif script == 'evaluate.py':
+            for pattern in evaluate.parse_args(args).model_path:
+                found = fnmatch.filter(made, os.path.dirname(pattern))
+                assert found, line
+                named |= set(found)
+    assert len(set(made)) == len(made) > 25 and made[:-1] == [m for m in made if m in named]
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -2436,7 +2462,7 @@ def test_every_command_in_the_readme_parses(command, monkeypatch):
     args = words[words.index(script) + 1:]
     parse = importlib.import_module(script[:-3]).parse_args
     assert (ROOT / script).exists()
-    assert set(words[1:words.index(script)]) <= {'--nproc-per-node=8'}
+    assert set(words[1:words.index(script)]) <= {'--nproc-per-node=8', '--nproc-per-node=2'}
     monkeypatch.setattr(bookkeeping, 'read_run', lambda *_: {'args': vars(parse([]))})
     if args == ['--help']:
         with pytest.raises(SystemExit, match='0'):
@@ -2448,9 +2474,20 @@ def test_every_command_in_the_readme_parses(command, monkeypatch):
         assert args.epsilon == data.DATASETS[args.dataset].protocol['epsilon']
 
 
+def test_the_readmes_lines_of_python_evaluate_any_network():
+    lines, = re.findall(r'```python\n(import data, evaluate.*?)```', README, re.S)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    lines = lines.replace("'cifar10'", "'digits'").replace('size=1000', 'size=4').replace(
+        "device='cuda'", "device='cpu'").replace('.cuda()', '').replace('8 / 255', '0.5')
+    with redirect_stdout(io.StringIO()) as out:
+        exec(lines, {'model': model})
+    for column in ('clean', 'ls', 'autoattack', 'worst'):
+        assert f"'{column}': " in out.getvalue()
+
+
 def test_the_readme_reads_a_pickle_of_arrays_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    snippet, = re.findall(r'```python\n(import pickle.*?)```', README, re.S)
+    snippet, = re.findall(r'```python\n(import pickle.*?)```', RESULTS, re.S)
     images = np.random.randint(256, size=(20, 32, 32, 3), dtype=np.uint8)
     labels = np.arange(20) % 10
     for protocol in range(2, 6):
