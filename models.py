@@ -463,8 +463,10 @@ def own_network(arch, num_classes):
         if hidden:
             raise TypeError(f'{", ".join(hidden)} of its class would be hidden by ours')
         kind = type(model)  # a class instead of a wrapper: the names of the weights stay
-        model.__class__ = type(kind.__name__, (Network, kind),
-                               {'plain_forward': kind.forward, 'own': inspect.getsource(module)})
+        its = {k: getattr(kind, k) for k in ('num_classes', 'in_channels', 'image_size')
+               if hasattr(kind, k)}
+        model.__class__ = type(kind.__name__, (Network, kind), its | {
+            'plain_forward': kind.forward, 'own': inspect.getsource(module)})
     except Exception as error:  # of whatever code it is
         raise ValueError(f'--arch {arch}: {one_line(error)}') from error
     if not is_named(full_arch(arch)):

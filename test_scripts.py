@@ -2027,13 +2027,14 @@ def test_an_interrupted_load_is_one_line(monkeypatch, capsys):
 NET = """import torch.nn as nn
 import helper
 class Net(nn.Module):
+    num_classes = 1
     def __init__(self, num_classes=10):
         super().__init__()
-        self.num_classes = self.in_channels = None  # no matter to ours
+        self.in_channels = 7  # no matter to ours, nor is num_classes
         self.model = nn.Sequential(nn.Conv2d(1, helper.width, 5, 3), nn.BatchNorm2d(helper.width),
                                    nn.ReLU(), nn.Flatten(), nn.Linear(576, num_classes))
     def forward(self, x):
-        return self.model(x)
+        return self.model(x) * self.num_classes
 class Featured(Net):
     def features(self, x):
         return self.model[:4](x)
@@ -2111,7 +2112,7 @@ def test_ones_own_network_takes_any_weights_and_its_features_are_drawn(own):
 
 @pytest.mark.parametrize('arch, told', [
     ('none.py:Net', 'No such file'), ('elsewhere/net.py:Nope', "no attribute 'Nope'"),
-    ('elsewhere/net.py:raises', r'RuntimeError: of the constructor \(net.py:17\)'),
+    ('elsewhere/net.py:raises', r'RuntimeError: of the constructor \(net.py:18\)'),
     ('elsewhere/net.py:eleven', r'gives \(2, 1, 28, 11\) of 2 images, not logits \(2, 10\)'),
     ('elsewhere/net.py:coloured', r'does not take images \(1, 28, 28\)'),
     ('elsewhere/net.py:number', 'gives a int'), ('elsewhere/net.py:Hides', 'amp .* be hidden'),
