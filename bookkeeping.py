@@ -193,15 +193,14 @@ class Run:
         if self.rank > 0:
             return
         path = os.path.join(self.args.model_dir, 'config.json')
-        began, resumed = {'command': sys.argv}, []
+        began, resumed = {}, []
         if self.args.resume:
             with contextlib.suppress(OSError, ValueError), open(path) as f:
                 began = json.load(f)
             resumed = [*began.get('resumed', []), sys.argv]
-        config = self.about | {'processes': self.world, 'resumed': resumed,
-                               'command': began.get('command', sys.argv)}
-        # JSON has no infinity: as a text, 'Infinity'
-        config = json.loads(json.dumps(config), parse_constant=str)
+        command = began.get('command', sys.argv)
+        config = self.about | {'processes': self.world, 'command': command, 'resumed': resumed}
+        config = json.loads(json.dumps(config), parse_constant=str)  # JSON has no infinity
         try:
             with models.replacing(path, 'w') as f:
                 json.dump(config, f, indent=1)
