@@ -91,7 +91,7 @@ def resumed_args(parser, argv, directory, algorithm):
         given = getattr(args, name)
         if given != value and (name not in RESUMABLE or name == 'epochs' and given < value):
             raise ValueError(f'--{name.replace("_", "-")} {given} is not that of the run, {value}')
-    data.fill_protocol(args)  # with flags that are younger than the run
+    args.augment = args.augment or data.find_dataset(args.dataset).protocol['augment']  # old runs
     return args
 
 

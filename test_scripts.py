@@ -401,6 +401,14 @@ def test_averaged_weights_and_weight_perturbation_survive_as_well(monkeypatch):
     assert [row['lr'] for row in rows] == pytest.approx(lr)  # in the middle of the last step
 
 
+def test_a_run_older_than_augment_goes_on_with_that_of_its_data_set(runs, monkeypatch):
+    content = last_of(runs['at'])
+    del content['args']['augment']
+    content['args'] |= {'dataset': 'cifar10', 'lr_milestones': [2, 2]}
+    models.save_checkpoint(content, 'last.pt')
+    assert train_at.parse_args(['--resume', '.']).augment == 'crop-flip'
+
+
 def test_what_cannot_be_resumed_is_refused_by_name(runs):
     for flag in ('--lr 0.5', '--epochs 1', '--entropy-weight', '--seed 2', '--dataset mnist'):
         assert flag in fails('train_at', '--resume', runs['at'], flag)
@@ -1028,15 +1036,22 @@ def test_standard_training_is_not_robust(trained):
     assert evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.2)[0].mean() < 0.05
 
 
+def cifar10(size):
+    """Test images, where CIFAR-10 is at hand; DATA_DIR says where."""
+    data_dir = os.environ.get('DATA_DIR', str(ROOT / 'data'))
+    if not os.path.isdir(os.path.join(data_dir, 'cifar-10-batches-py')):
+        pytest.skip('CIFAR-10 is not there')
+    return data.load_data('cifar10', data_dir, False, size)
+
+
 def test_real_cifar10_model():
-    """pyautoattack carries a standardly trained ResNet-18; DATA_DIR says where CIFAR-10 is."""
+    """pyautoattack carries a standardly trained ResNet-18."""
     pyautoattack = pytest.importorskip('pyautoattack')
     path = os.path.join(os.path.dirname(pyautoattack.__file__), 'examples', 'model_test.pt')
-    data_dir = os.environ.get('DATA_DIR', str(ROOT / 'data'))
-    if not os.path.isdir(os.path.join(data_dir, 'cifar-10-batches-py')) or not os.path.isfile(path):
-        pytest.skip('CIFAR-10 is not there')
+    if not os.path.isfile(path):
+        pytest.skip('its file is not there')
+    images, labels = cifar10(500)
     model = models.load_model(path, num_classes=10)
-    images, labels = data.load_data('cifar10', data_dir, False, 500)
     clean, _ = evaluate.evaluate_attack(model, images, labels, 'clean', 0)
     assert clean.mean() == pytest.approx(0.946, abs=0.003)
     pgd, _ = evaluate.evaluate_attack(model, images[:16], labels[:16], 'pgd10', 8 / 255)
