@@ -200,7 +200,7 @@ def add_data_args(parser):
     add('--val-size', type=whole(0), default=0, help='hold out the last N training images, '
         'class-balanced, and select best.pt on them; 0: on the test images, optimistic')
     add('--augment', choices=('none', 'crop', 'crop-flip'), help='random crop of the image padded '
-        'by 4, and flip; by data set')
+        'by 4, and flip; by data set, of your own crop, and the rest as for CIFAR')
     add('--extra-data', metavar='FILE.npz', help='more images: `image` uint8 (N, H, W, C), `label`')
     add('--extra-fraction', type=real('(0, 1]'), default=0.7, help='of every batch')
     add('--steps-per-epoch', type=whole(1), help='(default: what the original images make)')

@@ -2,7 +2,7 @@
 
     python evaluate.py --model-path runs/cifar10-ew-trades-beta5.5-seed1/best.pt
     python evaluate.py --model-path a.pt b.pt c.pt --attacks pgd20 ls autoattack --figures figures/
-    python evaluate.py --model-path model_cifar_wrn.pt --dataset cifar10 --attacks autoattack
+    torchrun --nproc-per-node=8 evaluate.py --model-path model_cifar_wrn.pt --dataset cifar10
 
 Prints a Markdown table with a row for each model: the accuracy under each attack, in % of all
 examples. Finished batches are kept in <model>.eval.json, so a command that was interrupted goes on
