@@ -326,7 +326,7 @@ def weights_hash(model):
     of one's own network the source."""
     sha = hashlib.sha256((type(model).__name__ + getattr(model, 'own', '')).encode())
     extra = {}
-    if getattr(model, 'normalization', None):
+    if getattr(model, 'input_normalization', None):
         extra = {'mean': model.input_mean, 'std': model.input_std}
     for name, tensor in sorted((model.state_dict() | extra).items()):
         sha.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())

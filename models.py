@@ -45,7 +45,7 @@ class Network(nn.Module):
     """
     amp = False
     own = ''  # of one's own network the source
-    normalization = None  # (mean, std)
+    input_normalization = None  # (mean, std)
     num_classes = in_channels = image_size = None  # of ours; the last where it is fixed
     about = {}  # what load_model found in the file: dataset and, if ours, algorithm and args
 
@@ -60,7 +60,7 @@ class Network(nn.Module):
         return self.classify(self.features(x))
 
     def normalize_input(self, x):
-        return (x - self.input_mean) / self.input_std if self.normalization else x
+        return (x - self.input_mean) / self.input_std if self.input_normalization else x
 
     def penultimate_features(self, x):
         """What the last layer takes, (B, D), of images x (B, C, H, W) in [0, 1]."""
@@ -77,7 +77,7 @@ class Network(nn.Module):
                              f'above 0, or not of {self.in_channels or 3}-channel images')
         for name, values in (('input_mean', mean), ('input_std', std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
-        self.normalization = list(mean), list(std)
+        self.input_normalization = list(mean), list(std)
 
 
 def conv3x3(in_planes, planes, stride=1):
@@ -356,8 +356,8 @@ def build_model(arch, num_classes=10, in_channels=None, final_bn=True, init_from
     """
     if init_from:
         model = load_model(init_from, arch, num_classes)
-        usual = model.normalization and build_model(arch, num_classes, in_channels).normalization
-        if model.normalization != usual:
+        new = build_model(arch, num_classes, in_channels) if model.input_normalization else model
+        if model.input_normalization != new.input_normalization:
             raise ValueError(f'{init_from}: holds a normalization, which no run keeps')
         return model.train()
     in_channels = in_channels or (1 if arch == 'smallcnn' else 3)
@@ -458,7 +458,7 @@ def own_network(arch, num_classes):
         model = make(num_classes=num_classes) if known and num_classes else make()
         if not isinstance(model, nn.Module):
             raise TypeError(f'gives a {type(model).__name__}, not an nn.Module')
-        hidden = [k for k in ('amp', 'normalization', 'about', 'own', 'plain_forward',
+        hidden = [k for k in ('amp', 'input_normalization', 'about', 'own', 'plain_forward',
                               'normalize_input') if hasattr(model, k)]
         if hidden:
             raise TypeError(f'{", ".join(hidden)} of its class would be hidden by ours')

@@ -2378,9 +2378,9 @@ def test_swish_networks_are_deepminds_forward_pass():
         out = swish(norm(out, s, 'batchnorm')).mean((2, 3))
         expected = F.linear(out, s['logits.weight'], s['logits.bias'])
         torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-6)
-    hundred = models.build_model('wideresnet10-1-swish', 100).normalization
+    hundred = models.build_model('wideresnet10-1-swish', 100).input_normalization
     assert hundred == ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])
-    assert models.build_model('wideresnet10-1-swish', in_channels=1).normalization is None
+    assert models.build_model('wideresnet10-1-swish', in_channels=1).input_normalization is None
 
 
 @torch.no_grad()
@@ -2414,9 +2414,9 @@ def test_swish_networks_train_from_weights_and_keep_their_normalization():
     x, saved = torch.rand(2, 3, 32, 32), models.load_model('a/last.pt')
     own = models.load_model('a/last.pt', normalize='0.5/0.5')
     torch.testing.assert_close(own(x), own.plain_forward((x - 0.5) / 0.5))
-    assert not torch.allclose(own(x), saved(x)) and saved.normalization[0][0] == 0.4914
+    assert not torch.allclose(own(x), saved(x)) and saved.input_normalization[0][0] == 0.4914
     torch.save(last_of('a')['state_dict'] | {'mean': torch.zeros(3), 'std': torch.ones(3)}, 'n.pt')
-    assert models.load_model('n.pt').normalization == ([0.0] * 3, [1.0] * 3)
+    assert models.load_model('n.pt').input_normalization == ([0.0] * 3, [1.0] * 3)
     assert 'which no run keeps' in fails('train_at', small, 'c --init-from n.pt')
 
 
@@ -2434,7 +2434,8 @@ def test_implausibly_little_is_said_of_others_files(trained, runs):
 # ---------------------------------------------------------------- the README
 
 README, RESULTS = ((ROOT / name).read_text() for name in ('README.md', 'results/README.md'))
-COMMANDS = re.findall(r'(?:^|&& |`)((?:python|torchrun) [^`\n]*\.py[^`\n]*)', README + RESULTS, re.M)
+COMMANDS = re.findall(r'(?:^|&& |`)((?:python|torchrun) [^`\n]*\.py[^`\n]*)',
+                      README + RESULTS, re.M)
 
 
 def test_the_readme_has_the_commands_that_matter():
