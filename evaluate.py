@@ -589,7 +589,7 @@ def plot_pgd_vs_worst(groups, attacks, directory):
              for name, rows in groups.items()}
     with figure(os.path.join(directory, 'pgd_vs_worst'), ['model', *columns],
                 [[name, *values] for name, values in means.items()],
-                0.35 + 0.09 * len(groups)) as (drawn, [[ax]]):
+                0.35 + 0.09 * len(groups), legend='outside upper center') as (drawn, [[ax]]):
         for y, (name, (pgd, worst, _)) in enumerate(means.items()):
             colour, variant = style[name]
             ax.plot([100 * worst, 100 * pgd], [y, y], color=COLOURS[colour % 8], linewidth=1.8,

@@ -1058,6 +1058,29 @@ def test_real_cifar10_model():
     assert pgd.sum() == 0
 
 
+CIFAR10 = ROOT / 'results' / 'cifar10'
+
+
+def test_the_committed_networks_are_those_that_were_evaluated():
+    with open(CIFAR10 / 'first-1000.json') as f:
+        rows = json.load(f)['models']
+    assert len(rows) == 13
+    for row in rows:
+        model = models.load_model(ROOT / row['path'], 'wideresnet10-1', 10)
+        assert evaluate.weights_hash(model) == row['weights'], row['path']
+
+
+def test_a_committed_network_has_its_recorded_accuracy():
+    """On 250 images; another CPU rounds differently, and an attack's signs then differ."""
+    outcomes = np.load(CIFAR10 / 'first-1000.npz')
+    row, images, labels = outcomes['models'].tolist().index('GAIRAT'), *cifar10(250)
+    recorded = dict(zip(outcomes['columns'], outcomes['correct'][row, :, :250].sum(1)))
+    model = models.load_model(CIFAR10 / 'gairat-seed1' / 'last.pt')
+    for attack, tolerance in (('clean', 1), ('pgd20', 5)):
+        stood, _ = evaluate.evaluate_attack(model, images, labels, attack, 8 / 255)
+        assert abs(stood.sum() - recorded[attack]) <= tolerance
+
+
 # ---------------------------------------------------------------- AutoAttack
 
 @pytest.fixture(scope='module')
