@@ -19,8 +19,10 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+import commands
 import data
 import models
+from commands import real, whole
 
 # What a resumed run may be given anew: it leaves the result alone (and --epochs may only grow).
 RESUMABLE = ('resume', 'model_dir', 'data_dir', 'epochs', 'log_interval', 'save_freq',
@@ -32,19 +34,17 @@ RESUMABLE = ('resume', 'model_dir', 'data_dir', 'epochs', 'log_interval', 'save_
 def add_run_args(parser):
     """The flags that a Run takes."""
     add = parser.add_argument_group('run').add_argument
-    add('--seed', type=data.whole(0, 2 ** 32 - 1), default=1, help='of all random numbers, from 0')
+    add('--seed', type=whole(0, 2 ** 32 - 1), default=1, help='of all random numbers, from 0')
     add('--model-dir', metavar='DIR', help='holds no run yet (default: '
         'runs/DATASET-[ew-]ALGORITHM-FLAGS-seedSEED, with the flags that make it another run)')
     add('--resume', metavar='DIR', help='go on with that run, on the kind of device it began on; '
         f'given anew may be its {", ".join(RESUMABLE[2:])}')
-    add('--save-every-minutes', type=data.real('(0, inf]'), default=15.0,
-        help='inside an epoch; inf: never')
-    add('--save-freq', type=data.whole(0), default=0,
+    add('--save-every-minutes', type=real('(0, inf]'), default=15, help='inside epochs; inf: never')
+    add('--save-freq', type=whole(0), default=0,
         help='keep epoch-E.pt every N epochs; 0: last.pt and best.pt alone')
-    add('--log-interval', type=data.whole(1), default=100, help='steps between two reports')
-    add('--test-batch-size', type=data.whole(1), default=512, help='images at once, from 1')
-    add('--allow-chance', action='store_true',
-        help='do not stop a run that stays at chance for five epochs')
+    add('--log-interval', type=whole(1), default=100, help='steps between two reports')
+    add('--test-batch-size', type=whole(1), default=512, help='images at once, from 1')
+    add('--allow-chance', action='store_true', help='go on after five epochs at chance')
     add('--no-cuda', action='store_true', help='train on the CPU')
 
 
@@ -134,13 +134,13 @@ class Run:
         after_epoch(...)                    saves, reports
         finish()
 
-    An end that is not success is a data.Stop.
+    An end that is not success is a commands.Stop.
     """
 
     def __init__(self, args, algorithm):
         self.args, self.algorithm = args, algorithm
-        self.device = data.pick_device(args.no_cuda)
-        self.rank, self.world = data.init_processes(self.device)
+        self.device = commands.pick_device(args.no_cuda)
+        self.rank, self.world = commands.init_processes(self.device)
         self.epoch, self.step, self.seconds, self.log = 0, 0, 0.0, []
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # loss of the epoch
         self.failure = None  # of the last attempt to save
@@ -173,17 +173,17 @@ class Run:
         self.about = {'algorithm': self.algorithm, 'dataset': args.dataset, 'arch': args.arch,
                       'num_classes': images.num_classes,
                       'args': vars(args), 'device': self.device.type,
-                      'versions': data.versions(self.device)}
+                      'versions': commands.versions(self.device)}
         self.write_config()
         method = self.algorithm + ' with entropy weights' * args.entropy_weight
         selected = 'validation images' if args.val_size else 'test images (optimistic)'
-        data.tell(f'{method}: {args.arch}, {args.epochs} epochs of {self.images_per_epoch:,} '
-                  f'images of {args.dataset}, {self.world} process(es) on '
-                  f'{self.about["versions"]["device"]}; kept in {args.model_dir}; best.pt is '
-                  f'selected on the {selected}')
+        commands.tell(f'{method}: {args.arch}, {args.epochs} epochs of {self.images_per_epoch:,} '
+                      f'images of {args.dataset}, {self.world} process(es) on '
+                      f'{self.about["versions"]["device"]}; kept in {args.model_dir}; best.pt is '
+                      f'selected on the {selected}')
         if args.amp and not models.has_bfloat16(self.device):
-            data.tell('--amp: this CPU has no bfloat16 units, float32 is many times as fast: leave '
-                      '--amp out', sys.stderr)
+            commands.tell('--amp: this CPU has no bfloat16 units, float32 is many times as fast: '
+                          'leave --amp out', sys.stderr)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self.catch)
@@ -205,7 +205,7 @@ class Run:
             with models.replacing(path, 'w') as f:
                 json.dump(config, f, indent=1)
         except OSError as error:
-            data.say(f'{path} could not be written ({error.strerror}); going on', sys.stderr)
+            commands.say(f'{path} could not be written ({error.strerror}); going on', sys.stderr)
 
     def steps(self, num_steps):
         """The steps of an epoch that are still to be done, from 0; after_step counts them."""
@@ -257,8 +257,8 @@ class Run:
             mean = f'{self.loss:.3f}'
             self.bar.set_postfix(loss=mean)
             if report and self.bar.disable:
-                data.tell(f'epoch {self.epoch + 1}/{self.args.epochs}  '
-                          f'step {self.step}/{self.num_steps}  loss {mean}')
+                commands.tell(f'epoch {self.epoch + 1}/{self.args.epochs}  '
+                              f'step {self.step}/{self.num_steps}  loss {mean}')
         if not done:
             if due:
                 self.save('last')
@@ -286,7 +286,7 @@ class Run:
         if self.args.save_freq and self.epoch % self.args.save_freq == 0:
             names.append(f'epoch-{self.epoch}')
         self.save(*names, 'last')
-        data.tell(describe(row, self.args.epochs))
+        commands.tell(describe(row, self.args.epochs))
         careful = not self.args.allow_chance and not self.args.resume
         if careful and is_stuck(self.log, self.num_classes):
             self.stop(3, 'no better than chance for five epochs, and the loss does not fall; '
@@ -296,14 +296,14 @@ class Run:
             self.end_if_asked()
 
     def finish(self):
-        data.over_processes(0)  # none leaves while another still needs it
+        commands.over_processes(0)  # none leaves while another still needs it
         if self.failure:
             self.stop(1, self.failure)
         best = accuracies(best_row(self.log))
         script = os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py')
         path = os.path.join(self.args.model_dir, 'best.pt')
-        data.tell(f'best epoch {best_row(self.log)["epoch"]}: {best}. Next: '
-                  + shlex.join(['python', script, '--model-path', path]))
+        commands.tell(f'best epoch {best_row(self.log)["epoch"]}: {best}. Next: '
+                      + shlex.join(['python', script, '--model-path', path]))
 
     def save(self, *names):
         """Write <name>.pt for each name, 'last' at the end, and log.csv.
@@ -335,7 +335,7 @@ class Run:
             self.unsaved.pop('last', None)
             self.unsaved = copy.deepcopy(self.unsaved)  # the weights in it go on moving
             self.failure = f'could not save in {directory}: {error}'
-            data.say(f'{self.failure}; going on, the next save tries again', sys.stderr)
+            commands.say(f'{self.failure}; going on, the next save tries again', sys.stderr)
 
     def resume_command(self):
         launcher = ['python']
@@ -344,7 +344,7 @@ class Run:
         return shlex.join([*launcher, sys.argv[0], '--resume', self.args.model_dir])
 
     def stop(self, status, why):
-        raise data.Stop(why if self.rank == 0 else None, status)
+        raise commands.Stop(why if self.rank == 0 else None, status)
 
     def catch(self, number, frame):
         """The handler of signals: the first ends the run after its step, the second at once."""
@@ -353,10 +353,10 @@ class Run:
 
     def end_if_asked(self):
         """Save and end the run where any process was asked to by a signal."""
-        number = data.over_processes(self.signal)
+        number = commands.over_processes(self.signal)
         if number:
             self.save('last')
-            data.over_processes(0)
+            commands.over_processes(0)
             self.stop(128 + number, f'stopped; to go on: {self.resume_command()}')
 
 
@@ -385,7 +385,7 @@ def claim_directory(path, new):
     with contextlib.ExitStack() as failed:
         lock = failed.enter_context(open(os.path.join(path, '.lock'), 'w'))
         try:
-            data.lock(lock, wait=False)
+            commands.lock(lock, wait=False)
         except BlockingIOError:
             raise ValueError(f'{path}: another process is training there') from None
         if new and any(name.endswith('.pt') for name in os.listdir(path)):

@@ -36,8 +36,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import commands
 import data
 import models
+from commands import pixels, real, whole
 
 
 # ---------------------------------------------------------------- attacks
@@ -129,7 +131,7 @@ def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_sca
             if restart:
                 with torch.no_grad():
                     standing = standing[model(x_adv[standing]).argmax(1) == y[standing]]
-            data.seed_everything(seed, first, restart)
+            commands.seed_everything(seed, first, restart)
             found = pgd_attack(model, x[standing], y[standing], epsilon, **options)
             x_adv = x_adv.index_copy(0, standing, found)
     outside = (x_adv - x).abs().max() - epsilon, -x_adv.min(), x_adv.max() - 1
@@ -154,13 +156,13 @@ def evaluate_epoch(model, images, labels, epsilon, batch_size, seed, threshold=1
     averaged network the same as `ema_clean` and so on. Processes share the batches; networks are
     put in eval mode and back.
     """
-    (rank, world), training = data.processes(), model.training
+    (rank, world), training = commands.processes(), model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=images.device)
     with models.frozen(model):
         for i in range(rank * batch_size, len(images), world * batch_size):
             x, y = data.to_float(images[i:i + batch_size]), labels[i:i + batch_size]
-            data.seed_everything(seed, i)
+            commands.seed_everything(seed, i)
             x_adv = pgd_attack(model, x, y, epsilon, epsilon / 4, 10)
             with torch.no_grad():
                 logits, logits_adv = model(x), model(x_adv)
@@ -222,7 +224,7 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     records = records if records is not None else []
     index = np.arange(len(images)) if examples is None else np.flatnonzero(examples)
     batches = [index[i:i + batch_size] for i in range(0, len(index), batch_size)]
-    rank, world = data.processes()
+    rank, world = commands.processes()
     bar = tqdm(range(rank, len(batches), world), desc=desc, unit='batch', leave=False,
                disable=None if desc and rank == 0 else True)
     stood = attacked = 0
@@ -230,7 +232,7 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
         for number in bar:
             batch, record = batches[number], next(iter(records[number:]), None)
             if found is None and record is not None and not fits(record, len(batch)):
-                data.say('a kept batch is damaged: evaluating it anew', sys.stderr)
+                commands.say('a kept batch is damaged: evaluating it anew', sys.stderr)
                 record = None
             if record is None or found is not None:
                 x, y = data.to_float(images[batch]), labels[batch]
@@ -301,7 +303,7 @@ class Results:
             return {}
         except (OSError, ValueError, AttributeError, RecursionError):
             pass
-        data.say(f'{self.path} cannot be read: evaluating anew', sys.stderr)
+        commands.say(f'{self.path} cannot be read: evaluating anew', sys.stderr)
         return {}
 
     def save(self):
@@ -309,15 +311,15 @@ class Results:
             return
         try:
             with open(self.model_path, 'rb') as file:
-                data.lock(file)
+                commands.lock(file)
                 merged = self.read()
                 for k, ours in self.known.items():
                     merged[k] = [a or b for a, b in zip_longest(ours, merged.get(k, []))]
                 with models.replacing(self.path, 'w') as f:
                     json.dump(merged, f)
         except OSError as error:
-            data.say(f'{self.path} cannot be written ({error.strerror}): going on without it',
-                     sys.stderr)
+            commands.say(f'{self.path} cannot be written ({error.strerror}): going on without it',
+                         sys.stderr)
             self.writable = False
 
 
@@ -395,11 +397,11 @@ def evaluate_model(model, images, labels, columns, results=None, identity=None, 
         if attack == 'pgd20' and after is None:
             entropies = h
         accuracy, seconds = outcome[title].mean(), time.time() - began
-        data.tell(f'{name}: {title} {accuracy:.2%} of {len(labels):,} ({seconds:.0f} s)',
-                  sys.stderr)
+        commands.tell(f'{name}: {title} {accuracy:.2%} of {len(labels):,} ({seconds:.0f} s)',
+                      sys.stderr)
         if attack == 'clean' and accuracy < 0.3 and 'args' not in getattr(model, 'about', ()):
-            data.tell(f'{name}: that is little for a trained network; perhaps it needs --normalize,'
-                      ' another --dataset, or --arch preactresnet18-raw', sys.stderr)
+            commands.tell(f'{name}: that is little for a trained network; perhaps it needs another '
+                          '--dataset, --normalize, or --arch preactresnet18-raw', sys.stderr)
     add_worst_case(outcome, columns)
     return outcome, entropies
 
@@ -524,8 +526,7 @@ def figure(path, header, table, height, rows=1, panels=(), legend='outside lower
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if labels:
         drawn.legend(handles, labels, loc=legend, ncols=2)
-    lines = math.ceil(len(labels) / 2)
-    drawn.set_size_inches(3.5, 0.4 + height * rows * 2 / columns + 0.13 * lines)
+    drawn.set_size_inches(3.5, 0.4 + height * rows * 2 / columns + 0.13 * ((len(labels) + 1) // 2))
     for kind in ('png', 'pdf'):
         drawn.savefig(f'{path}.{kind}', dpi=200)
     plt.close(drawn)
@@ -685,7 +686,7 @@ def adversarial_features(model, images, labels, classes, epsilon, batch_size, se
 
 def parse_args(argv=None):
     """The arguments, checked one by one; prepare completes them."""
-    parser = data.ArgumentParser(description=__doc__)
+    parser = commands.ArgumentParser(description=__doc__)
     add = parser.add_argument_group('models').add_argument
     add('--model-path', nargs='+', required=True, metavar='FILE',
         help="checkpoints, this project's or anyone's: a row of the table each")
@@ -701,27 +702,27 @@ def parse_args(argv=None):
         help=f"{', '.join(data.DATASETS)} or FILE.npz (default: what the checkpoint says)")
     add('--data-dir', default='./data', metavar='DIR', help='where it is, or is downloaded to')
     add('--split', choices=('test', 'train'), default='test')
-    add('--n-examples', type=data.whole(1), help='only the first N images, from 1 (default: all)')
+    add('--n-examples', type=whole(1), help='only the first N images, from 1 (default: all)')
     add = parser.add_argument_group('attacks').add_argument
     add('--attacks', nargs='+', choices=ATTACKS, default=ATTACKS[:6], metavar='A',
         help=f"from {', '.join(ATTACKS)}; clean is always there")
     radii = ', '.join(f"{name} {epsilon_text(spec.protocol['epsilon'])}"
                       for name, spec in data.DATASETS.items())
-    add('--epsilon', type=data.pixels, metavar='E', help='L-infinity radius, pixels in [0, 1]; '
+    add('--epsilon', type=pixels, metavar='E', help='L-infinity radius, pixels in [0, 1]; '
         f'the steps scale with it (default: {radii})')
-    add('--aa-epsilon', type=data.pixels, metavar='E', help='another radius for autoattack and '
+    add('--aa-epsilon', type=pixels, metavar='E', help='another radius for autoattack and '
         "its four; the paper's is 0.031 on CIFAR (default: --epsilon)")
-    add('--restarts', type=data.whole(1), default=1, help='random starts of PGD and LS, from 1')
-    add('--ls-scale', type=data.real('(0, inf)'), default=10.0,
+    add('--restarts', type=whole(1), default=1, help='random starts of PGD and LS, from 1')
+    add('--ls-scale', type=real('(0, inf)'), default=10.0,
         help='what ls multiplies the logits by in its loss, above 0')
     add('--worst-case', action='store_true', help='each attack only on what withstood those before '
         'it: sooner at the worst case, but then a column (+) is not of one attack alone')
     add = parser.add_argument_group('run').add_argument
-    add('--batch-size', type=data.whole(1), default=250, metavar='N', help='images at once, from 1')
-    add('--seed', type=data.whole(0, 2 ** 32 - 1), default=1, help='of the random starts, from 0')
+    add('--batch-size', type=whole(1), default=250, metavar='N', help='images at once, from 1')
+    add('--seed', type=whole(0, 2 ** 32 - 1), default=1, help='of the random starts, from 0')
     add('--no-cuda', action='store_true', help='evaluate on the CPU')
     add = parser.add_argument_group('reports').add_argument
-    add('--entropy-threshold', type=data.real('[0, inf)'), default=1.5, metavar='T',
+    add('--entropy-threshold', type=real('[0, inf)'), default=1.5, metavar='T',
         help='an entropy above it counts as high, in nats, from 0')
     add('--figures', metavar='DIR',
         help='write the figures there, PNG and PDF, and the numbers behind each as CSV')
@@ -757,7 +758,7 @@ def prepare(args):
     if len(names) != len(args.model_path) or len(set(names)) < len(names):
         raise ValueError(f'--names: {len(set(names))} different ones for {len(args.model_path)} '
                          'models')
-    if args.save_examples and (len(names) > 1 or data.launched()[1] > 1):
+    if args.save_examples and (len(names) > 1 or commands.launched()[1] > 1):
         raise ValueError('--save-examples is for one model, in one process')
     num_classes = None
     if args.dataset and ':' in (args.arch or ''):  # the others tell it by their weights
@@ -792,7 +793,7 @@ def prepare(args):
         except OSError as error:
             raise ValueError(f'{path} cannot be written ({error.strerror})') from None
     images, labels = data.load_data(args.dataset, args.data_dir, args.split == 'train',
-                                    args.n_examples, data.pick_device(args.no_cuda))
+                                    args.n_examples, commands.pick_device(args.no_cuda))
     names = data.class_names(args.dataset, args.data_dir)
     chosen = args.tsne_classes or names[:2]
     if args.figures and len({*chosen} & {*names}) < 2:
@@ -885,7 +886,7 @@ def write_numbers(args, columns, heads, rows, labels):
                  for name, group in seeds.items()]
         with models.replacing(args.json, 'w') as f:
             json.dump({'args': vars(args), 'columns': columns,
-                       'versions': data.versions(labels.device), 'models': content,
+                       'versions': commands.versions(labels.device), 'models': content,
                        'seeds': means}, f, indent=1)
     if args.save_outcomes:
         with models.replacing(args.save_outcomes) as f:
@@ -896,53 +897,52 @@ def write_numbers(args, columns, heads, rows, labels):
 
 def write_figures(args, loaded, columns, rows, images, labels, names):
     """What --figures asks for."""
-    groups, accuracy = group_seeds(rows), rows[0]['accuracy']
+    groups, features = group_seeds(rows), {}
     plot_entropy_histogram(groups, len(names), args.entropy_threshold, args.figures)
     strongest = min(reversed(list(columns)[1:]),  # of equals the last
                     key=lambda title: sum(row['accuracy'][title] for row in rows))
     plot_entropy_vs_robustness(groups, strongest, args.entropy_threshold, args.figures)
-    if 'pgd20 - worst' in accuracy:
+    if 'pgd20 - worst' in rows[0]['accuracy']:
         attacks = [WRITTEN[title] for title in columns if title in WRITTEN]
         plot_pgd_vs_worst(groups, ', '.join(attacks), args.figures)
     classes = {names.index(name): name for name in args.tsne_classes or names[:2]}
-    features = {}
     for name, group in groups.items():  # of several seeds the first
         model = loaded[group[0]['model']]
         if hasattr(model, 'features'):
             features[name] = adversarial_features(model.to(images.device), images, labels, classes,
                                                   args.epsilon, args.batch_size, args.seed)
         else:
-            data.say(f'{name}: no panel in tsne.png, the network has no `features`', sys.stderr)
+            commands.say(f'{name}: no panel in tsne.png, the network has no `features`', sys.stderr)
     if min([len(y) for _, y in features.values()], default=0) < 5:
-        data.say('no tsne.png: fewer than 5 examples of its two classes', sys.stderr)
+        commands.say('no tsne.png: fewer than 5 examples of its two classes', sys.stderr)
     else:
         plot_tsne(features, classes, args.seed, args.figures)
     if any(row['log'] for row in rows):
         plot_training_curves(groups, args.figures)
     else:
-        data.say('no training_curves.png: no log.csv beside any model', sys.stderr)
+        commands.say('no training_curves.png: no log.csv beside any model', sys.stderr)
 
 
 def main(argv=None):
-    with data.command():
+    with commands.exit_status():
         args = parse_args(argv)
-        with data.mistakes():
+        with commands.mistakes():
             loaded, images, labels, names = prepare(args)
-            rank, _ = data.init_processes(images.device, timedelta(days=30))
+            rank, _ = commands.init_processes(images.device, timedelta(days=30))
         try:
             columns, rows = measure(args, loaded, images, labels)
             heads = [title if attack == 'clean' else f'{title} ({epsilon_text(epsilon)})'
                      for title, (attack, epsilon, _) in columns.items()]
             heads += list(rows[0]['accuracy'])[len(heads):]
             if rank == 0:
-                with data.mistakes():
+                with commands.mistakes():
                     write_numbers(args, columns, heads, rows, labels)
                     if args.figures:
                         write_figures(args, loaded, columns, rows, images, labels, names)
-                data.say(tables(args, heads, rows))
-            data.over_processes(0)  # none leaves while another still needs it
+                commands.say(tables(args, heads, rows))
+            commands.over_processes(0)  # none leaves while another still needs it
         except KeyboardInterrupt:
-            raise data.Stop('interrupted; the same command goes on where it was', 130) from None
+            raise commands.Stop('interrupted; the same command goes on where it was', 130) from None
 
 
 if __name__ == '__main__':

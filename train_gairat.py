@@ -140,41 +140,43 @@ ALGORITHM, loss_function = 'gairat', gairat_loss
 import math
 
 import bookkeeping
+import commands
 import data
 import evaluate
 import models
+from commands import pixels, real, whole
 
 
 def parse_args(argv=None):
     """The arguments, complete and checked."""
-    parser = data.ArgumentParser(description=__doc__, epilog=data.protocol_help())
+    parser = commands.ArgumentParser(description=__doc__, epilog=data.protocol_help())
     group = parser.add_argument_group('algorithm')
-    add_algorithm_args(group, data.real, data.whole)
+    add_algorithm_args(group, real, whole)
     add = group.add_argument
     add('--entropy-weight', action='store_true',
         help='EWAT: add the entropy weight w to the coefficient of each loss term in x_adv')
-    add('--tau', type=data.real('(0, inf]'), default=1.0,
+    add('--tau', type=real('(0, inf]'), default=1.0,
         help='temperature of the entropy, above 0; inf: w = 1, the control without entropy')
-    add('--epsilon', type=data.pixels, help='L-infinity radius, pixels in [0, 1]; by data set')
-    add('--step-size', type=data.pixels, help='of the attack, e.g. 2/255; by data set')
-    add('--num-steps', type=data.whole(1), help='of the attack; by data set')
+    add('--epsilon', type=pixels, help='L-infinity radius, pixels in [0, 1]; by data set')
+    add('--step-size', type=pixels, help='of the attack, e.g. 2/255; by data set')
+    add('--num-steps', type=whole(1), help='of the attack; by data set')
     data.add_data_args(parser)
     add = parser.add_argument_group('optimisation').add_argument
     add('--arch', type=models.full_arch, help=f'{models.KNOWN_ARCHS}; by data set')
     add('--init-from', metavar='FILE', help='start from these weights, any that evaluate.py loads')
-    add('--batch-size', type=data.whole(1), help='of all processes together; by data set')
-    add('--epochs', type=data.whole(1), help='by data set')
-    add('--lr', type=data.real('(0, inf)'), help='learning rate; by data set')
+    add('--batch-size', type=whole(1), help='of all processes together; by data set')
+    add('--epochs', type=whole(1), help='by data set')
+    add('--lr', type=real('(0, inf)'), help='learning rate; by data set')
     add('--lr-schedule', choices=('multistep', 'cosine', 'onecycle'), default='multistep')
-    add('--lr-warmup', type=data.real('[0, inf)'), default=0.0, help='epochs of linear rise from 0')
-    add('--lr-milestones', type=data.whole(1), nargs='*',
+    add('--lr-warmup', type=real('[0, inf)'), default=0.0, help='epochs of linear rise from 0')
+    add('--lr-milestones', type=whole(1), nargs='*',
         help='multistep: the epochs after which it is divided by 10; by data set')
-    add('--momentum', type=data.real('[0, inf)'), default=0.9)
-    add('--weight-decay', '--wd', type=data.real('[0, inf)'), help='by data set')
-    add('--awp-gamma', type=data.real('[0, inf)'), default=0.0, help='adversarial weight '
+    add('--momentum', type=real('[0, inf)'), default=0.9)
+    add('--weight-decay', '--wd', type=real('[0, inf)'), help='by data set')
+    add('--awp-gamma', type=real('[0, inf)'), default=0.0, help='adversarial weight '
         'perturbation, e.g. 0.005 for TRADES and 0.01 for AT; 0: none')
-    add('--awp-warmup', type=data.whole(0), default=10, help='epochs before it begins')
-    add('--ema', type=data.real('(0, 1)'), metavar='DECAY',
+    add('--awp-warmup', type=whole(0), default=10, help='epochs before it begins')
+    add('--ema', type=real('(0, 1)'), metavar='DECAY',
         help='average the weights, e.g. 0.995, and select best.pt by the average')
     models.add_speed_args(parser)
     bookkeeping.add_run_args(parser)
@@ -196,10 +198,10 @@ def learning_rate(args, epochs_done):
 
 
 def train(args):
-    with data.mistakes():
+    with commands.mistakes():
         run = bookkeeping.Run(args, ALGORITHM)
         images = data.TrainingData(args, run.device)
-        data.seed_everything(args.seed)
+        commands.seed_everything(args.seed)
         model = models.build_model(args.arch, images.num_classes, images.shape[0],
                                    init_from=None if args.resume else args.init_from)
         model = bookkeeping.same_everywhere(
@@ -211,17 +213,17 @@ def train(args):
         run.begin(images, model, optimizer, ema)
 
     for epoch in range(run.epoch, args.epochs):
-        data.seed_everything(args.seed, epoch)
+        commands.seed_everything(args.seed, epoch)
         batches = images.draw_epoch()
         for step in run.steps(len(batches)):
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate(args, epoch + (step + 0.5) / len(batches))
             # Each process draws for the whole batch and takes its share: the same for any number
-            data.seed_everything(args.seed, epoch, step)
+            commands.seed_everything(args.seed, epoch, step)
             x, y = images.take(batches[step])
             batch_size = len(y)
             x, x_start, y = run.share(x, random_start(x, args.epsilon), y)
-            data.seed_everything(args.seed, epoch, step, 1 + run.rank)  # for dropout
+            commands.seed_everything(args.seed, epoch, step, 1 + run.rank)  # for dropout
 
             with models.frozen(model):
                 adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
@@ -237,9 +239,8 @@ def train(args):
             if perturbing:
                 models.restore_weights(unperturbed)
             optimizer.step()
-            if ema:
-                first = epoch == step == 0  # the weights before it do not count
-                models.average(ema, model, 0 if first else args.ema)
+            if ema:  # the weights before the first step do not count
+                models.average(ema, model, args.ema if epoch or step else 0)
             run.after_step(loss)
         run.after_epoch(evaluate.evaluate_epoch(model, *images.held_out, args.epsilon,
                                                 args.test_batch_size, args.seed, average=ema))
@@ -247,8 +248,8 @@ def train(args):
 
 
 def main():
-    with data.command():
-        with data.mistakes():
+    with commands.exit_status():
+        with commands.mistakes():
             args = parse_args()
         train(args)
 
