@@ -574,9 +574,10 @@ def plot_entropy_vs_robustness(groups, attack, threshold, directory):
             points = np.array([(row['report']['high_entropy'], row['accuracy'][attack])
                                for row in rows])
             table.append([name, *points.mean(0)])
-            spread, (colour, variant) = points.std(0, ddof=len(rows) > 1) * 100, style[name]
-            ax.errorbar(*points.mean(0) * 100, xerr=spread[0], yerr=spread[1], elinewidth=0.6,
-                        fmt=MARKERS[colour % 8], color=COLOURS[colour % 8], label=shorten(name),
+            colour, variant = style[name]
+            xerr, yerr = 100 * points.std(0, ddof=1) if len(rows) > 1 else (None, None)
+            ax.errorbar(*100 * points.mean(0), yerr, xerr, elinewidth=0.6, label=shorten(name),
+                        fmt=MARKERS[colour % 8], color=COLOURS[colour % 8],
                         fillstyle=['full', 'none', 'left'][variant], linestyle='none')
         ax.set(xlabel=f'PGD-20 examples with entropy above {threshold:g} nats (%)',
                ylabel=f'accuracy under {WRITTEN.get(attack, attack)} (%)')
@@ -662,8 +663,7 @@ def read_log(model_path):
     """The rows of the log.csv beside a checkpoint, as numbers; [] where there is none."""
     rows = []
     with contextlib.suppress(OSError, UnicodeDecodeError, csv.Error):
-        path = os.path.join(os.path.dirname(model_path), 'log.csv')
-        with open(path, newline='', encoding='utf-8') as f:
+        with open(os.path.join(os.path.dirname(model_path), 'log.csv'), encoding='utf-8') as f:
             for row in csv.DictReader(f):
                 with contextlib.suppress(KeyError, TypeError, ValueError):  # a line cut off
                     rows.append({k: float(row[k]) for k in CURVES})
