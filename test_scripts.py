@@ -2311,7 +2311,7 @@ def test_the_readme_has_the_commands_that_matter():
 
 def test_what_the_readme_links_to_is_there():
     for folder, text in ((ROOT, README), (ROOT / 'results', RESULTS)):
-        for link, anchor in re.findall(r'\]\(((?!http)[^)#]+)(#[^)]*)?\)', text):
+        for link, anchor in re.findall(r'(?:\]\(|src=")((?!http)[^)"#]+)(#[^)]*)?[)"]', text):
             assert (folder / link).exists(), link
             headings = re.findall('^#+ (.*)', (folder / link).read_text(), re.M) if anchor else []
             names = ['#' + re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-') for h in headings]
