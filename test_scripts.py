@@ -431,6 +431,7 @@ def test_what_cannot_be_resumed_is_refused_by_name(runs):
         assert 'last.pt' in fails('train_at', '--resume .')
     assert os.listdir() == ['last.pt']
 
+
 @pytest.mark.parametrize('what, interval, calls', [
     ('loss', 1, 6), ('loss', 100, 8), ('weight', 100, 8)])
 def test_what_is_not_finite_is_not_saved(what, interval, calls, monkeypatch):
