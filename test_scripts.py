@@ -1294,7 +1294,8 @@ def test_finished_batches_are_not_evaluated_again(best, monkeypatch):
     for other, batches in (('--seed 2', 9), ('--batch-size 6', 6), ('--epsilon 0.05', 6),
                            ('--n-examples 10', 6), ('--split train', 9), ('--restarts 2', 6),
                            ('--ls-scale 5', 3), ('--no-cuda', 0), ('--entropy-threshold 1', 0),
-                           ('--attacks pgd20 ls apgd-ce --aa-epsilon 1', 3)):
+                           ('--attacks ls pgd20 apgd-ce --aa-epsilon 1', 3),
+                           ('--attacks ls pgd20 apgd-ce --aa-epsilon 0.9', 3)):
         before = len(calls)
         main_of('evaluate', '--model-path', best, FAST, other)
         assert len(calls) - before == batches, other
@@ -2083,7 +2084,7 @@ def seeds_of(runs, *names):
         for seed in (1, 2, 3):
             content = last_of(runs[name])
             content['args'] |= {'seed': seed, 'model_dir': f'{seed}'}
-            content['state_dict']['classifier.fc3.bias'] += 0.02 * seed
+            content['state_dict']['classifier.fc3.bias'][seed] += 3
             os.makedirs(f'{name}-seed{seed}')
             models.save_checkpoint(content, f'{name}-seed{seed}/last.pt')
             shutil.copy(runs[name] / 'log.csv', f'{name}-seed{seed}')
@@ -2111,6 +2112,7 @@ def test_seeds_are_put_together(runs):
             values = [member['accuracy'][column] for member in members]
             assert group['mean'][column] == pytest.approx(np.mean(values))
             assert group['sd'][column] == pytest.approx(np.std(values, ddof=1))
+            assert column.startswith('pgd20 -') or group['sd'][column] > 0
             assert text == f'{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}'
         entropy = [member['report']['entropy'] for member in members]
         assert rows[2 + i][7] == f'{np.mean(entropy):.3f} ± {np.std(entropy, ddof=1):.3f}'
