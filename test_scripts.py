@@ -1203,11 +1203,13 @@ def test_evaluation_is_in_float32_whatever_training_was(trained, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
-def test_pgd10_is_that_of_the_training_log(trained):
-    log = evaluate.evaluate_epoch(trained, *digits(50), 0.04, 20, seed=3)
-    correct, _ = evaluate.evaluate_attack(trained, *digits(50), 'pgd10', 0.04, batch_size=20,
-                                          seed=3)
+def test_pgd10_and_entropy_are_those_of_the_training_log(trained):
+    log = evaluate.evaluate_epoch(trained, *digits(50), 0.04, 20, seed=3, threshold=0.3)
+    correct, entropies = evaluate.evaluate_attack(trained, *digits(50), 'pgd10', 0.04,
+                                                  batch_size=20, seed=3)
     assert 0 < correct.mean() == log['pgd10'] < 1
+    assert 0 < (entropies > 0.3).mean() == log['high_entropy'] < 1
+    assert log['entropy'] == pytest.approx(entropies.mean(), abs=1e-6)
 
 
 def test_entropy_report_against_numpy(trained):
@@ -1367,6 +1369,7 @@ def test_figures(best, trained, monkeypatch):
     import matplotlib.pyplot
     from PIL import Image
     monkeypatch.delenv('DISPLAY', raising=False)
+    monkeypatch.setattr(evaluate, 'TSNE_EXAMPLES', 4)
     matplotlib.pyplot.switch_backend('svg')
     out, _ = main_of('evaluate', '--model-path', best, make_run('b', trained, 0.3),
                      make_run('c', trained, 2.0), '--attacks fgsm --n-examples 60 --figures f',
@@ -1385,9 +1388,8 @@ def test_figures(best, trained, monkeypatch):
     for column in ('digits-at-seed1', 'b', 'c'):
         assert sum(float(row[column]) for row in histogram) == pytest.approx(100)
     assert [row['model'] for row in points] == ['digits-at-seed1', 'b', 'c']
-    labels = digits(60)[1]
     assert {row['class'] for row in tsne} == {'3', '8'}
-    assert len(tsne) == 3 * ((labels == 3) | (labels == 8)).sum()
+    assert len(tsne) == 3 * sum(min((digits(60)[1] == k).sum().item(), 4) for k in (3, 8))
     assert [row['epoch'] for row in curves] == ['1.0', '2.0'] * 3
 
 
@@ -2059,6 +2061,10 @@ def test_ones_own_images_train_and_are_evaluated(monkeypatch):
     assert '28 x 28' in fails('train_at', '--dataset ../own.npz --arch smallcnn')
     assert 'has 5 classes in all' in fails('evaluate', '--attacks autoattack --model-path',
                                            f'../{run}/last.pt')
+    monkeypatch.chdir('..')
+    own_data(test_labels=LABELS)  # other images or labels in the same file are evaluated anew
+    out, _ = main_of('evaluate', f'--model-path {run}/last.pt --attacks pgd20')
+    assert list(accuracies(out).values()) != [table]
 
 
 LABELS = np.arange(80) % 5
@@ -2131,6 +2137,9 @@ def test_seeds_are_put_together(runs):
                      '--n-examples 20 --attacks clean --names one two three')
     assert re.findall(r'^\| (\w+) \| (\d+) \| \d', out, re.M) == [
         ('one', '20'), ('two', '20'), ('three', '20'), ('one', '2')]
+    shutil.copytree('at-seed1', 'again')  # of the same seed: no second one
+    out, _ = main_of('evaluate', '--model-path', paths[0], 'again/last.pt --attacks fgsm')
+    assert len(accuracies(out)) == 2 and 'standard deviation' not in out
     for wrong in ('one', 'one one'):
         assert '--names' in fails('evaluate', '--model-path', *paths[:2], '--names', wrong)
 
