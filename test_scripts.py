@@ -2012,6 +2012,12 @@ def test_ones_own_network_takes_any_weights_and_its_features_are_drawn(own):
     torch.save(models.build_model('elsewhere/net.py:plain').state_dict(), 'p.pt')
     assert models.load_model('p.pt', 'elsewhere/net.py:plain')(x).shape == (2, 10)
     models.build_model('torchvision.models:resnet18', 7)  # anybody's
+    hashes = set()
+    for more in ('', '# another forward'):  # of the same weights
+        Path('elsewhere/net.py').write_text(NET + more)
+        plain = models.load_model('p.pt', 'elsewhere/net.py:plain')
+        hashes.add(evaluate.weights_hash(plain))
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize('arch, told', [
