@@ -1053,8 +1053,9 @@ CIFAR10 = ROOT / 'results' / 'cifar10'
 
 
 def test_the_committed_networks_are_those_that_were_evaluated():
-    rows = json.loads((CIFAR10 / 'first-1000.json').read_text())['models']
-    assert len(rows) == 13
+    rows = [row for name in ('all-10000', 'first-1000')
+            for row in json.loads((CIFAR10 / f'{name}.json').read_text())['models']]
+    assert len({row['path'] for row in rows}) == len(list(CIFAR10.glob('*/last.pt'))) == 13
     for row in rows:
         model = models.load_model(ROOT / row['path'], 'wideresnet10-1', 10)
         assert evaluate.weights_hash(model) == row['weights'], row['path']
@@ -1062,7 +1063,7 @@ def test_the_committed_networks_are_those_that_were_evaluated():
 
 def test_a_committed_network_has_its_recorded_accuracy():
     """On 250 images; another CPU rounds differently, and an attack's signs then differ."""
-    outcomes = np.load(CIFAR10 / 'first-1000.npz')
+    outcomes = np.load(CIFAR10 / 'all-10000.npz')
     row, images, labels = outcomes['models'].tolist().index('GAIRAT'), *cifar10(250)
     recorded = dict(zip(outcomes['columns'], outcomes['correct'][row, :, :250].sum(1)))
     model = models.load_model(CIFAR10 / 'gairat-seed1' / 'last.pt')
