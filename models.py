@@ -386,16 +386,15 @@ def build_model(arch, num_classes=10, in_channels=None, final_bn=True, init_from
 
 def check_fit(model, shape, num_classes, name):
     """ValueError, with that name in it, where a network does not make logits (B, K) of images
-    (B, *shape). One's own is tried."""
+    (B, *shape). One's own is tried, and left in eval mode."""
     if model.own:
-        training, images = model.training, torch.zeros(2, *shape)
+        images = torch.zeros(2, *shape)
         images = images.to(next(model.parameters(), images).device)
         try:
             with torch.no_grad():
                 logits = model.eval()(images)
         except Exception as error:  # of whatever code it is
             raise ValueError(f'{name}: does not take images {shape}: {one_line(error)}') from error
-        model.train(training)
         given = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
         if given != (2, num_classes):
             raise ValueError(f'{name}: gives {given} of 2 images, not logits (2, {num_classes})')

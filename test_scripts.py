@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import matplotlib.axes
 import numpy as np
 import pytest
 import torch
@@ -381,6 +382,12 @@ def test_a_signal_saves_and_says_how_to_go_on(method, number, flags, status, ste
     assert done.stderr == told * (number != signal.SIGKILL)
     main_of(script, '--resume', method, '--log-interval 3')
     assert same_run(method, runs[method])
+
+
+def test_a_signal_that_nohup_ignores_is_ignored():
+    script = SCRIPT.replace('SIG_DFL', 'SIG_IGN')
+    done = python('-c', script, 'os.kill(os.getpid(),signal.SIGHUP)', 2, 'at', *TINY.split())
+    assert done.returncode == 0 and len(rows_of('at')) == 2
 
 
 def test_averaged_weights_and_weight_perturbation_survive_as_well(monkeypatch):
@@ -1759,6 +1766,17 @@ def test_a_wrong_number_is_told_what_is_right(flag, told):
     assert told in line and ('8/255' in line) == ('epsilon' in flag)
 
 
+@pytest.mark.parametrize('capability, avx512, amx, there', [
+    ('AVX2', False, False, False), ('AVX512', False, False, False), ('DEFAULT', False, False, False),
+    ('AVX512', True, False, True), ('AVX512', False, True, True), ('SVE256', False, False, True)])
+def test_bfloat16_is_known_by_the_units(capability, avx512, amx, there, monkeypatch):
+    for owner, name, value in ((torch.backends.cpu, 'get_cpu_capability', capability),
+                               (torch.cpu, '_is_avx512_bf16_supported', avx512),
+                               (torch.cpu, '_is_amx_tile_supported', amx)):
+        monkeypatch.setattr(owner, name, lambda value=value: value)
+    assert models.has_bfloat16(torch.device('cpu')) == there
+
+
 def test_bfloat16_where_there_is_none_is_said(monkeypatch):
     monkeypatch.setattr(models, 'has_bfloat16', lambda device: False)
     run = '--train-size 8 --epochs 1 --batch-size 4'
@@ -2100,12 +2118,17 @@ def seeds_of(runs, *names):
             content['state_dict']['classifier.fc3.bias'][seed] += 3
             os.makedirs(f'{name}-seed{seed}')
             models.save_checkpoint(content, f'{name}-seed{seed}/last.pt')
-            shutil.copy(runs[name] / 'log.csv', f'{name}-seed{seed}')
+            log = [row | {'clean': seed / 10} for row in rows_of(runs[name])]
+            evaluate.write_csv(f'{name}-seed{seed}/log.csv', log[0], [row.values() for row in log])
     return [f'{name}-seed{seed}/last.pt' for name in names for seed in (1, 2, 3)]
 
 
-def test_seeds_are_put_together(runs):
-    paths = seeds_of(runs, 'at', 'ew-at')
+def test_seeds_are_put_together(runs, monkeypatch):
+    paths, bars, bands = seeds_of(runs, 'at', 'ew-at'), [], []
+    spy(monkeypatch, matplotlib.axes.Axes, 'errorbar',
+        lambda _, ax, x, y, yerr, xerr, **options: bars.append((yerr, xerr)))
+    spy(monkeypatch, matplotlib.axes.Axes, 'fill_between',
+        lambda _, ax, x, low, high, **options: bands.append((low, high)))
     out, _ = main_of('evaluate', '--model-path', *paths, runs['mart'] / 'last.pt', '--attacks',
                      'pgd20 ls --n-examples 50 --epsilon 0.05 --csv a.csv --json a.json',
                      '--figures f')
@@ -2139,6 +2162,10 @@ def test_seeds_are_put_together(runs):
     assert float(lines[0]['stderr of clean']) == pytest.approx(error)
     drawn = {row['model']: row for row in read_csv('f/pgd_vs_worst.csv')}
     assert list(drawn) == ['at/last', 'ew-at/last', 'mart/last']
+    spread = content['seeds'][0]['sd']
+    assert bars[0] == pytest.approx((100 * spread['worst'], 100 * spread['high_entropy']))
+    assert bars[2] == (None, None)
+    assert np.array(bands[0]) == pytest.approx(np.array([[10, 10], [30, 30]]))
     assert float(drawn['at/last']['worst']) == pytest.approx(content['seeds'][0]['mean']['worst'])
     out, _ = main_of('evaluate', '--model-path', *paths[:2], paths[0].replace('at-', 'ew-at-'),
                      '--n-examples 20 --attacks clean --names one two three')
