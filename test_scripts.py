@@ -1767,7 +1767,7 @@ def test_a_wrong_number_is_told_what_is_right(flag, told):
 
 
 @pytest.mark.parametrize('capability, avx512, amx, there', [
-    ('AVX2', False, False, False), ('AVX512', False, False, False), ('DEFAULT', False, False, False),
+    ('AVX2', False, False, False), ('AVX512', False, False, False),
     ('AVX512', True, False, True), ('AVX512', False, True, True), ('SVE256', False, False, True)])
 def test_bfloat16_is_known_by_the_units(capability, avx512, amx, there, monkeypatch):
     for owner, name, value in ((torch.backends.cpu, 'get_cpu_capability', capability),
