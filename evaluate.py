@@ -600,7 +600,7 @@ def plot_pgd_vs_worst(groups, attacks, directory):
                 ax.plot([100 * row['accuracy'][values] for row in groups[name]],
                         [y] * len(groups[name]), marker, fillstyle=fill, markersize=3.5,
                         color=COLOURS[colour % 8])
-            ax.annotate(f'{100 * (pgd - worst):.1f}', (50 * (pgd + worst), y), (0, 1.5),
+            ax.annotate(f'{100 * (pgd - worst):.1f}', (50 * (pgd + worst), y), (0, 2.5),
                         textcoords='offset points', ha='center', fontsize=6)
         for marker, fill, text in (('o', 'none', 'PGD-20'), ('D', 'full', f'worst of {attacks}')):
             ax.plot([], [], marker, fillstyle=fill, color='0.2', markersize=3.5, label=text)
