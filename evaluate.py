@@ -834,34 +834,34 @@ def tables(args, heads, rows):
     """The accuracies and, if pgd20 was run on all examples, the entropies; and the means of those
     that differ in their seed alone: Markdown."""
     def cells(values, spreads=None):
-        return ['-' if math.isnan(v) else f'{100 * v:.2f}' + (f' ± {100 * spreads[k]:.2f}'
-                if spreads else '') for k, v in values.items()]
+        texts = []
+        for k, v in values.items():
+            factor, digits = (1, 3) if k == 'entropy' else (100, 2)
+            spread = f' ± {factor * spreads[k]:.{digits}f}' if spreads else ''
+            texts.append('-' if math.isnan(v) else f'{factor * v:.{digits}f}{spread}')
+        return texts
     which, n, t = 'the first' if args.n_examples else 'all', rows[0]['n'], args.entropy_threshold
     text = (f'Accuracy in % on {which} {n:,} {args.split} images of {args.dataset}, by '
             f'attack (epsilon); seed {args.seed}, batches of {args.batch_size}, random starts of '
             f'PGD and LS {args.restarts}, LS scale {args.ls_scale:g}\n\n')
     text += markdown(['model', 'n', *heads], [
         [row['model'], n, *cells(row['accuracy'])] for row in rows])
-    entropy_heads = [f'above {t:g} (%)', f'accuracy above {t:g} (%)', f'accuracy up to {t:g} (%)']
-    if rows[0]['report']:
+    entropy_heads = ['mean (nats)', f'above {t:g} (%)', f'accuracy above {t:g} (%)',
+                     f'accuracy up to {t:g} (%)'] if rows[0]['report'] else []
+    if entropy_heads:
         text += ('\n\nEntropy of the predictions on the examples of pgd20, and the accuracy on '
                  'them\n\n')
-        text += markdown(['model', 'n', 'mean (nats)', *entropy_heads], [
-            [row['model'], n, f"{row['report']['entropy']:.3f}", *cells(row['report'])[1:]]
-            for row in rows])
-    lines = []
-    for name, group in group_seeds(rows).items():
-        if len(group) > 1:
-            mean, sd = over_seeds(group).values()
-            line = [name, len(group), *cells(mean, sd)]
-            if rows[0]['report']:
-                line[2 + len(heads)] = f"{mean['entropy']:.3f} ± {sd['entropy']:.3f}"
-            lines.append(line)
-    if lines:
-        entropy_heads = ['entropy (nats)', *entropy_heads] if rows[0]['report'] else []
-        text += ('\n\nMean ± standard deviation over the models that differ in their seed alone'
-                 '\n\n')
-        text += markdown(['models', 'seeds', *heads, *entropy_heads], lines)
+        text += markdown(['model', 'n', *entropy_heads], [
+            [row['model'], n, *cells(row['report'])] for row in rows])
+    means = [[name, len(group), *cells(*over_seeds(group).values())]
+             for name, group in group_seeds(rows).items() if len(group) > 1]
+    if means:
+        text += '\n\nMean ± standard deviation over the models that differ in their seed alone'
+        split = 2 + len(heads)
+        text += '\n\n' + markdown(['models', 'seeds', *heads], [line[:split] for line in means])
+        if entropy_heads:
+            text += '\n\n' + markdown(['models', 'seeds', *entropy_heads], [
+                line[:2] + line[split:] for line in means])
     return text
 
 

@@ -1211,7 +1211,9 @@ def test_evaluation_is_in_float32_whatever_training_was(trained, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
-def test_pgd10_and_entropy_are_those_of_the_training_log(trained):
+def test_pgd10_and_entropy_are_those_of_the_training_log(trained, monkeypatch):
+    seed = commands.seed_everything  # the same starts for both, which differ in the restart's 0
+    monkeypatch.setattr(commands, 'seed_everything', lambda *numbers: seed(*numbers[:2]))
     log = evaluate.evaluate_epoch(trained, *digits(50), 0.04, 20, seed=3, threshold=0.3)
     correct, entropies = evaluate.evaluate_attack(trained, *digits(50), 'pgd10', 0.04,
                                                   batch_size=20, seed=3)
@@ -2132,12 +2134,14 @@ def test_seeds_are_put_together(runs, monkeypatch):
     out, _ = main_of('evaluate', '--model-path', *paths, runs['mart'] / 'last.pt', '--attacks',
                      'pgd20 ls --n-examples 50 --epsilon 0.05 --csv a.csv --json a.json',
                      '--figures f')
-    first, entropies, means = (part.strip().splitlines() for part in re.findall(
-        r'(?:^\|.*\n?)+', out, re.M))
-    rows = [re.split(r' *\| *', line)[1:-1] for line in means]
-    assert rows[0][:7] == ['models', 'seeds', 'clean', 'pgd20 (0.05)', 'ls (0.05)', 'worst',
-                           'pgd20 - worst']
-    assert [row[:2] for row in rows[2:]] == [['at/last', '3'], ['ew-at/last', '3']]
+    first, entropies, rows, spreads = (
+        [re.split(r' *\| *', line)[1:-1] for line in part.splitlines()]
+        for part in re.findall(r'(?:^\|.*\n?)+', out, re.M))
+    assert rows[0] == ['models', 'seeds', 'clean', 'pgd20 (0.05)', 'ls (0.05)', 'worst',
+                       'pgd20 - worst']
+    assert spreads[0] == ['models', 'seeds', *entropies[0][2:]]
+    for part in (rows, spreads):
+        assert [row[:2] for row in part[2:]] == [['at/last', '3'], ['ew-at/last', '3']]
     assert len(first) == 2 + 7 == len(entropies)
     content = json.loads(Path('a.json').read_text())
     for i, group in enumerate(content['seeds']):
@@ -2150,8 +2154,10 @@ def test_seeds_are_put_together(runs, monkeypatch):
             assert group['sd'][column] == pytest.approx(np.std(values, ddof=1))
             assert column.startswith('pgd20 -') or group['sd'][column] > 0
             assert text == f'{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}'
-        entropy = [member['report']['entropy'] for member in members]
-        assert rows[2 + i][7] == f'{np.mean(entropy):.3f} ± {np.std(entropy, ddof=1):.3f}'
+        for j, (column, scale, digits) in enumerate((('entropy', 1, 3), ('high_entropy', 100, 2))):
+            values = [scale * member['report'][column] for member in members]
+            assert spreads[2 + i][2 + j] == (f'{np.mean(values):.{digits}f} ± '
+                                             f'{np.std(values, ddof=1):.{digits}f}')
     share = content['models'][0]['accuracy']['clean']
     error = math.sqrt(share * (1 - share) / 50)
     assert content['models'][0]['stderr']['clean'] == pytest.approx(error)
