@@ -1285,6 +1285,14 @@ def test_command(best, trained):
     assert 'ls' in err and '\r' not in err  # lines, no bar, where it is no terminal
 
 
+def test_an_accuracy_of_no_example_is_a_dash_and_null(best):
+    out, _ = main_of('evaluate', '--model-path', best, '--attacks pgd20 --n-examples 5 '
+                     '--entropy-threshold 9 --json a.json')
+    assert re.search(r'\| 0\.00 \| - \| \d+\.\d\d \|$', out, re.M)
+    report = json.loads(Path('a.json').read_text())['models'][0]['report']
+    assert report['accuracy_high_entropy'] is None and report['high_entropy'] == 0
+
+
 def test_finished_batches_are_not_evaluated_again(best, monkeypatch):
     cache, run_attack, calls = Path(f'{best}.eval.json'), evaluate.run_attack, []
     expected, _ = main_of('evaluate', '--model-path', best, FAST)
