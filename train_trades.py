@@ -2,69 +2,74 @@
 
     TRADES      CE(f(x), y) + beta * KL(f(x) || f(x_adv))
     EW-TRADES   CE(f(x), y) + (beta + w) * KL(f(x) || f(x_adv))
-    w           entropy of f(x_adv) over its batch mean
+    w           entropy of f(x_adv), divided by its batch mean
 
-x_adv maximises the KL within epsilon of x, from a start of 0.001 Gaussian noise.
+x_adv maximises the KL divergence within epsilon of x, from x plus Gaussian noise (sd 0.001).
 
-    python train_trades.py --entropy-weight --beta 5.5                    # CIFAR-10
-    python train_trades.py --dataset digits --entropy-weight --beta 5.5   # minutes on a CPU
+    python train_trades.py --entropy-weight --beta 5.5                    # CIFAR-10, one GPU
+    python train_trades.py --entropy-weight --beta 5.5 --dataset digits   # minutes on a CPU
 
-Departures from the official code, none of which changes the loss: the clean example is forwarded
-once for the whole attack and once for the loss (there: at every step, and twice); the KL is
-computed from log-probabilities, whose gradient stays finite where the softmax underflows to zero.
-So BN statistics move twice a step, there three times (8.8 % apart after one call), and the network
-in eval mode, which the next attack sees, differs. In float32 the first signs of the attack are
-rounding noise: ten steps from the same start move the value by 0.1 % and the gradient more (15 % on
-a small network). Noise is drawn in the memory order of x, which channels_last changes.
+The loss is that of the official code. It is computed faster: clean images are forwarded once per
+attack and once per loss, not at every attack step and twice in the loss. The KL is computed from
+log-probabilities, so its gradient stays finite where the softmax underflows to zero. Consequences:
+batch normalization updates its statistics twice per step, not three times; and in float32 the signs
+of the first attack steps, which are rounding noise, differ from the official ones.
 """
 import torch
 import torch.nn.functional as F
 
 
 def batch_mean(values):
-    """Mean of values (B,) over the whole batch: over all processes where torch.distributed runs."""
-    total = torch.stack([values.sum(), torch.ones_like(values).sum()])
+    """Mean of values (B,) over the whole batch, which torch.distributed may have split."""
+    dtype = torch.promote_types(values.dtype, torch.float32)  # half precision would overflow
+    total = torch.stack([values.sum(dtype=dtype), torch.ones_like(values, dtype=dtype).sum()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     return total[0] / total[1]
 
 
 def entropy_weights(logits, tau=1.0):
-    """w (B,), each example's entropy over the batch mean (Eq. 1-2); constant to autograd, mean 1.
+    """w (B,): the entropy of each example divided by the batch mean (Eq. 1-2); no gradient, mean 1.
 
-    logits: (B, K), of the adversarial examples, -inf for a class that is left out; tau > 0 divides
-    them, and tau = inf gives w = 1, as do entropies that are all zero. Where torch.distributed
-    runs, the mean is over all processes: call it in all of them or in none.
+    logits: (B, K) of the adversarial examples; -inf excludes a class. tau > 0 divides the logits
+    inside the entropy; tau = inf gives w = 1. If torch.distributed runs, every process must call
+    this, because the mean is taken over all of them. Raises ValueError unless tau > 0.
     """
-    z = logits.detach() - logits.detach().amax(dim=1, keepdim=True)
+    if not tau > 0:
+        raise ValueError(f'tau must be above 0, not {tau}')
+    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    z = z - z.amax(dim=1, keepdim=True)
     z = z.clamp(min=torch.finfo(z.dtype).min) / max(tau, 1e-30)  # finite also for -inf / inf
-    log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # finite where p is 0: 0 log 0 = 0
+    log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # so that 0 log 0 = 0
     entropy = -(log_p.exp() * log_p).sum(1)
     mean = batch_mean(entropy)
-    return torch.where(mean == 0, 1.0, entropy / mean)
+    return torch.where(mean == 0, 1.0, entropy / mean).to(logits.dtype)
 
 
-def check_images(x):
-    """ValueError for images that are not in [0, 1], which an attack would clamp without a word."""
+def check_input(x, step_size, epsilon):
+    """Raise ValueError if x or the lengths are not in [0, 1]."""
     if not ((x >= -1e-3) & (x <= 1.001)).all():
         raise ValueError('x_natural is not in [0, 1]: normalize inside the model, not before')
+    if not (0 <= epsilon <= 1 and 0 <= step_size <= 1):
+        raise ValueError(f'epsilon = {epsilon} and step_size = {step_size} must be in [0, 1], '
+                         'like the pixels: write 8/255')
 
 
 def check_logits(logits):
-    """ValueError for a model that does not give each class a logit."""
+    """Raise ValueError unless the model returns logits (B, K) with K >= 2."""
     if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f'the model gives {tuple(logits.shape)}, not logits (B, K), K at least 2')
+        raise ValueError(f'the model returns {tuple(logits.shape)}, not logits (B, K) with K >= 2')
 
 
 def random_start(x_natural, epsilon):
-    """Where the attack starts: 0.001 of Gaussian noise, whatever epsilon is."""
+    """Where the attack starts: x_natural plus Gaussian noise, whatever epsilon is."""
     return x_natural + 0.001 * torch.randn_like(x_natural)
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """Maximises KL(f(x_natural) || f(x_adv)) (Eq. 6) from the start x_adv, in eval mode.
+    """x_adv that maximises KL(f(x_natural) || f(x_adv)), from the start x_adv in eval mode (Eq. 6).
 
-    Returns x_adv, within epsilon of x_natural and in [0, 1]. y is not used.
+    It lies within epsilon of x_natural and in [0, 1]. y is not used.
     """
     model.eval()
     with torch.no_grad():
@@ -84,19 +89,17 @@ def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
 def trades_loss(model, x_natural, y, optimizer, step_size=0.003, epsilon=0.031, perturb_steps=10,
                 beta=1.0, distance='l_inf', entropy_weight=False, tau=1.0, adv=None,
                 reduction='mean'):
-    """The (EW-)TRADES loss (Eq. 6, 11), a scalar to call .backward() on; called like the official.
+    """The (EW-)TRADES loss (Eq. 6, 11), a scalar; called like the official function.
 
-    x_natural: images (B, C, H, W) in [0, 1], as are step_size and epsilon; y: labels (B,) or
-    probabilities (B, K); optimizer: for zero_grad() alone, before the loss: None to accumulate
-    gradients; adv: what attack() returned, where it was called before; reduction: 'mean' or 'sum'
-    over the batch. Leaves the whole model in train mode, frozen batch normalization too.
-    Raises ValueError for a distance that is not 'l_inf', images outside [0, 1], and a model of
-    one logit.
+    x_natural: images (B, C, H, W) in [0, 1], like step_size and epsilon; y: labels (B,) or
+    probabilities (B, K). optimizer: only used for zero_grad() before the loss; may be None. adv:
+    the result of attack(), if it was called before. reduction: 'mean' or 'sum' over the batch.
+    Leaves the model in train mode. Raises ValueError for other input, and without logits (B, K).
     """
     if distance != 'l_inf':
         raise ValueError(f"distance '{distance}' is not 'l_inf'")
     if adv is None:
-        check_images(x_natural)
+        check_input(x_natural, step_size, epsilon)
         start = random_start(x_natural, epsilon)
         adv = attack(model, x_natural, start, y, step_size, epsilon, perturb_steps)
     if optimizer is not None:
@@ -110,9 +113,9 @@ def trades_loss(model, x_natural, y, optimizer, step_size=0.003, epsilon=0.031, 
     return losses.sum() if reduction == 'sum' else losses.mean()
 
 
-def add_algorithm_args(parser, real, whole):
-    parser.add_argument('--beta', type=real('[0, inf)'), default=6.0,
-                        help='weight of the KL term, from 0; in the paper 5.5 for EW-TRADES')
+def add_algorithm_args(parser):
+    parser.add_argument('--beta', type=float, default=6.0,
+                        help='weight of the KL term; the paper uses 5.5 for EW-TRADES')
 
 
 def loss_options(args, epoch):
@@ -123,121 +126,391 @@ ALGORITHM, loss_function = 'trades', trades_loss
 
 
 # ======== below this line all train_*.py are identical ========
+import argparse
+import contextlib
+import copy
+import csv
+import json
 import math
+import os
+import signal
+import sys
+import time
 
-import bookkeeping
-import commands
+import torch.distributed as dist
+from tqdm import tqdm
+
 import data
-import evaluate
 import models
-from commands import pixels, real, whole
 
 
-def parse_args(argv=None):
-    """The arguments, complete and checked."""
-    parser = commands.ArgumentParser(description=__doc__, epilog=data.protocol_help())
-    group = parser.add_argument_group('algorithm')
-    add_algorithm_args(group, real, whole)
-    add = group.add_argument
-    add('--entropy-weight', action='store_true',
-        help='EWAT: add the entropy weight w to the coefficient of each loss term in x_adv')
-    add('--tau', type=real('(0, inf]'), default=1.0,
-        help='temperature of the entropy, above 0; inf: w = 1, the control without entropy')
-    add('--epsilon', type=pixels, help='L-infinity radius, pixels in [0, 1]; by data set')
-    add('--step-size', type=pixels, help='of the attack, e.g. 2/255; by data set')
-    add('--num-steps', type=whole(1), help='of the attack; by data set')
-    data.add_data_args(parser)
-    add = parser.add_argument_group('optimisation').add_argument
-    add('--arch', type=models.full_arch, help=f'{models.KNOWN_ARCHS}; by data set')
-    add('--init-from', metavar='FILE', help='start from these weights, any that evaluate.py loads')
-    add('--batch-size', type=whole(1), help='of all processes together; by data set')
-    add('--epochs', type=whole(1), help='by data set')
-    add('--lr', type=real('(0, inf)'), help='learning rate; by data set')
-    add('--lr-schedule', choices=('multistep', 'cosine', 'onecycle'), default='multistep')
-    add('--lr-warmup', type=real('[0, inf)'), default=0.0, help='epochs of linear rise from 0')
-    add('--lr-milestones', type=whole(1), nargs='*',
-        help='multistep: the epochs after which it is divided by 10; by data set')
-    add('--momentum', type=real('[0, inf)'), default=0.9)
-    add('--weight-decay', '--wd', type=real('[0, inf)'), help='by data set')
-    add('--awp-gamma', type=real('[0, inf)'), default=0.0, help='adversarial weight '
-        'perturbation, e.g. 0.005 for TRADES and 0.01 for AT; 0: none')
-    add('--awp-warmup', type=whole(0), default=10, help='epochs before it begins')
-    add('--ema', type=real('(0, 1)'), metavar='DECAY',
-        help='average the weights, e.g. 0.995, and select best.pt by the average')
-    models.add_speed_args(parser)
-    bookkeeping.add_run_args(parser)
-    args = bookkeeping.complete_args(parser, argv, ALGORITHM)
-    loss_options(args, epoch=0)  # raises ValueError where they do not fit
-    return args
+def parse_args(argv):
+    """The parser, the flags, and the content of the last.pt that --resume names, or {}."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n\n')[0], usage=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=data.HelpFormatter, epilog='Add --dataset NAME to see the defaults for it.')
+    add = parser.add_argument
+    add_algorithm_args(parser)
+    add('--entropy-weight', action='store_true', help='EWAT: coefficients of x_adv get + w')
+    add('--tau', type=float, default=1.0, help='temperature of the entropy; inf: control, w = 1')
+    add('--epsilon', type=data.pixels, metavar='E', help='L-infinity radius')
+    add('--step-size', type=data.pixels, metavar='S', help='of the attack')
+    add('--num-steps', type=int, metavar='N', help='of the attack')
+    add('--dataset', default='cifar10', help='cifar10, cifar100, mnist, digits or FILE.npz')
+    add('--data-dir', default='./data', help='a missing data set is downloaded to it')
+    add('--train-size', type=int, metavar='N', help='use only the first N training images')
+    add('--test-size', type=int, metavar='N', help='use only the first N test images')
+    add('--val-size', type=int, default=0, metavar='N',
+        help='select best.pt on N held-out training images instead of the test images')
+    add('--augment', choices=['none', 'crop', 'crop-flip'], help='of the training images')
+    add('--extra-data', metavar='FILE.npz', help='more images: image uint8 (N, H, W, C), label')
+    add('--extra-fraction', type=float, default=0.7, metavar='F', help='their share of a batch')
+    add('--arch', help=models.ARCHS)
+    add('--init-from', metavar='FILE', help='start from the weights in this checkpoint')
+    add('--epochs', type=int, metavar='N', help='passes over the training images')
+    add('--batch-size', type=int, metavar='N', help='total over all processes')
+    add('--lr', type=float, help='learning rate')
+    add('--lr-schedule', choices=['multistep', 'cosine', 'onecycle'], default='multistep',
+        help='of the learning rate')
+    add('--lr-milestones', type=int, nargs='*', metavar='EPOCH', help='multistep: epochs after '
+        'which lr is divided by 10; if not given, they keep their share of --epochs')
+    add('--momentum', type=float, default=0.9, metavar='M', help='of SGD')
+    add('--weight-decay', '--wd', type=float, metavar='WD', help='of SGD')
+    add('--awp-gamma', type=float, default=0.0, metavar='G',
+        help='adversarial weight perturbation, e.g. 0.005 for TRADES and 0.01 for AT')
+    add('--awp-warmup', type=int, default=10, metavar='N', help='epochs before it starts')
+    add('--ema', type=float, metavar='DECAY',
+        help='average the weights, e.g. 0.995, and select best.pt by their average')
+    add('--amp', action=argparse.BooleanOptionalAction,
+        help='run the network in bfloat16 (default: if the GPU supports it)')
+    add('--compile', nargs='?', const='default', help='torch.compile the network', choices=[
+        'default', 'reduce-overhead', 'max-autotune'])
+    add('--seed', type=int, default=1, help='of all random numbers')
+    add('--model-dir', metavar='DIR', help='must not contain a run (default: in runs/, named after '
+        'all flags that change the result)')
+    add('--resume', metavar='DIR', help='continue the run in this directory')
+    add('--save-every-minutes', type=float, default=15, metavar='M', help='also inside an epoch')
+    add('--save-freq', type=int, default=0, metavar='N', help='keep every Nth epoch as epoch-E.pt')
+    add('--no-cuda', action='store_true', help='train on the CPU')
+
+    known, _ = parser.parse_known_args([word for word in argv if word not in ('-h', '--help')])
+    try:
+        saved = models.load(f'{known.resume}/last.pt') if known.resume else {}
+        if known.resume and not (saved.get('algorithm') == ALGORITHM and 'optimizer' in saved):
+            raise ValueError(f'{known.resume} holds no run of train_{ALGORITHM}.py to continue')
+        past = {k: v for k, v in saved.get('args', {}).items() if hasattr(known, k)}
+        dataset, epochs = past.get('dataset', known.dataset), past.get('epochs')
+        if past and past['lr_milestones'] == data.protocol(dataset, epochs)['lr_milestones']:
+            del past['lr_milestones']  # they follow the number of epochs
+        parser.set_defaults(**data.protocol(dataset, known.epochs or epochs) | past)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    args = parser.parse_args(argv)
+
+    given = {word.partition('=')[0] for word in argv}
+    numbers = [args.epochs, args.num_steps, args.batch_size, args.train_size, args.test_size,
+               args.tau, args.lr, *args.lr_milestones, vars(args).get('begin_epoch')]
+    for holds, message in (
+            (args.entropy_weight or '--tau' not in given, '--tau needs --entropy-weight'),
+            (all(n is None or n > 0 for n in numbers),
+             'sizes, numbers of epochs and steps, --tau, --lr and --lr-milestones must be above 0'),
+            (args.lr_milestones == sorted(set(args.lr_milestones)), '--lr-milestones must rise'),
+            (args.ema is None or 0 < args.ema < 1, '--ema must lie between 0 and 1'),
+            (not args.extra_data or 0.5 < args.extra_fraction * args.batch_size
+             < args.batch_size - 0.5,
+             '--extra-fraction must leave room for both kinds of images in a batch'),
+            *((vars(args).get(name.replace('-', '_'), 0) >= 0, f'--{name} must be at least 0')
+              for name in ('beta', 'val-size', 'momentum', 'weight-decay', 'awp-gamma',
+                           'awp-warmup', 'save-freq')),
+            ((vars(args).get('begin_epoch') or 0) <= args.epochs, '--begin-epoch is past the end'),
+            (not known.resume or ':' not in args.arch or '--arch' in given,
+             'give --arch again: code is run only if the command names it')):
+        if not holds:
+            parser.error(message)
+    name = data.run_name(args, parser, ALGORITHM)
+    args.model_dir = args.resume or args.model_dir or f'runs/{name}'
+    if args.amp is None:
+        args.amp = not args.no_cuda and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return parser, args, saved
 
 
 def learning_rate(args, epochs_done):
     """After a number of epochs that need not be whole."""
     progress = epochs_done / args.epochs
     if args.lr_schedule == 'cosine':
-        lr = args.lr * (1 + math.cos(math.pi * progress)) / 2
-    elif args.lr_schedule == 'onecycle':
-        lr = args.lr * min(progress / 0.4, (1 - progress) / 0.6)
-    else:
-        lr = args.lr * 0.1 ** sum(epochs_done >= m for m in args.lr_milestones)
-    return lr * min(1, epochs_done / args.lr_warmup) if args.lr_warmup else lr
+        return args.lr * (1 + math.cos(math.pi * progress)) / 2
+    if args.lr_schedule == 'onecycle':
+        return args.lr * min(progress / 0.4, (1 - progress) / 0.6)
+    return args.lr * 0.1 ** sum(epochs_done >= m for m in args.lr_milestones)
 
 
-def train(args):
-    with commands.mistakes():
-        run = bookkeeping.Run(args, ALGORITHM)
-        images = data.TrainingData(args, run.device)
-        commands.seed_everything(args.seed)
-        model = models.build_model(args.arch, images.num_classes, images.shape[0],
-                                   init_from=None if args.resume else args.init_from)
-        model = bookkeeping.same_everywhere(
-            model.to(run.device, memory_format=torch.channels_last))
+def all_reduce(value, op=dist.ReduceOp.SUM):
+    if dist.is_initialized():
+        dist.all_reduce(value, op)
+    return value
+
+
+def backward(model, loss, batch_size):
+    """Gradients of the mean over the whole batch from a share's summed loss; returns the sum."""
+    (loss / batch_size).backward()
+    if dist.is_initialized():  # one message for all gradients
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = all_reduce(torch.cat([g.flatten() for g in grads]))
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+    return all_reduce(loss.detach())
+
+
+def test(model, images, labels, args, layout, rank, world):
+    """Accuracy on clean and PGD-10 examples (steps of epsilon / 4), and of the latter's entropy the
+    mean in nats, the share above 1.5, and the standard deviation of w = entropy / mean."""
+    model.eval()
+    sums, size = torch.zeros(5, dtype=torch.float64, device=images.device), 512
+    for i in range(rank * size, len(images), world * size):
+        x, y = data.to_float(images[i:i + size], layout), labels[i:i + size]
+        data.seed(args.seed, i)
+        x_adv = (x + torch.empty_like(x).uniform_(-args.epsilon, args.epsilon)).clamp(0, 1)
+        low, high = (x - args.epsilon).clamp(0, 1), (x + args.epsilon).clamp(0, 1)
+        for _ in range(10):
+            x_adv = x_adv.detach().requires_grad_()
+            grad, = torch.autograd.grad(F.cross_entropy(model(x_adv), y, reduction='sum'), x_adv)
+            x_adv = (x_adv.detach() + args.epsilon / 4 * grad.sign()).clamp(low, high)
+        with torch.no_grad():
+            logits, logits_adv = model(x), model(x_adv)
+        log_p = F.log_softmax(logits_adv, dim=1).clamp(min=-1e4)
+        h = -(log_p.exp() * log_p).sum(1)
+        sums += torch.stack([v.double().sum() for v in (
+            logits.argmax(1) == y, logits_adv.argmax(1) == y, h, h > 1.5, h.double() ** 2)])
+    model.train()
+    clean, pgd10, mean, high, square = (all_reduce(sums) / len(images)).tolist()
+    return dict(clean=clean, pgd10=pgd10, entropy=mean, high_entropy=high,
+                sd_of_w=math.sqrt(max(square - mean ** 2, 0)) / max(mean, 1e-12))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser, args, saved = parse_args(argv)
+
+    # processes: one, or those that torchrun started
+    cuda = torch.cuda.is_available() and not args.no_cuda
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+
+    def say(text):
+        if rank == 0:
+            with contextlib.suppress(OSError):  # nobody reads, or the disk is full
+                print(text, flush=True)
+
+    try:
+        if world > 1:  # gloo as well, so that asking for signals does not wait for the GPU
+            dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+        if rank > 0:
+            dist.barrier()  # the first process downloads what is missing
+
+        # data: all of it stays on the device as uint8
+        (images, labels), held_out, extra, num_classes = data.load_run(args)
+        if rank == 0 and world > 1:
+            dist.barrier()
+        shape, checksum = images.shape[1:], data.checksum(images, labels, *held_out, *extra)
+        images, labels, *held_out = (t.to(device) for t in (images, labels, *held_out))
+        extra = [t.to(device) for t in extra]
+        num_extra = round(args.extra_fraction * args.batch_size) if extra else 0
+        num_steps = -(-len(images) // args.batch_size)  # extra images do not lengthen an epoch
+        num_images = num_steps * args.batch_size if extra else len(images)
+
+        # network
+        data.seed(args.seed)
+        model = models.build_model(args.arch, num_classes, shape[0])
+        if args.init_from and not args.resume:
+            models.start_from(model, args.init_from)
+        layout = getattr(model, 'memory_format', torch.contiguous_format)
+        model = model.to(device, memory_format=layout)
+        models.check_network(model, shape, num_classes)
+
+        if world > 1:
+            if cuda:  # batch statistics of the whole batch
+                model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
+        ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+        weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum,
-                                    weight_decay=args.weight_decay, fused=run.device.type == 'cuda')
-        models.accelerate(model, args, run.world)
-        ema = models.copy_of(model) if args.ema else None
-        run.begin(images, model, optimizer, ema)
+                                    weight_decay=args.weight_decay, fused=cuda)
 
-    for epoch in range(run.epoch, args.epochs):
-        commands.seed_everything(args.seed, epoch)
-        batches = images.draw_epoch()
-        for step in run.steps(len(batches)):
+        # where the run stands
+        epoch, step, log, unsaved, began = 0, 0, [], {}, time.monotonic()
+        total = torch.zeros((), dtype=torch.float64, device=device)  # summed loss of this epoch
+        about = dict(algorithm=ALGORITHM, dataset=args.dataset, arch=args.arch, args=vars(args),
+                     num_classes=num_classes, device=device.type, images=checksum, processes=world,
+                     torch=str(torch.__version__), command=[sys.argv[0], *argv])
+        if saved:
+            before, now = saved['args'] | saved, vars(args) | about
+            changed = {k: f'{k} {before[k]} -> {now[k]}' for k in before.keys() & now.keys()
+                       - {'args', 'command', 'resume', 'model_dir'} if before[k] != now[k]}
+            if 'images' in changed and not changed.keys() & {
+                    'dataset', 'extra_data', 'train_size', 'test_size', 'val_size'}:
+                raise ValueError('the images are not those with which this run began')
+            models.load_weights(model, saved['state_dict'], args.arch)
+            if ema:
+                models.load_weights(ema, saved['ema_state_dict'] or saved['state_dict'], args.arch)
+            optimizer.load_state_dict(saved['optimizer'])
+            epoch, step, log = saved['epoch'], saved['step'], saved['log']
+            total.fill_(saved['total'])
+            began -= saved['seconds']
+            state = 'continues' if epoch < args.epochs else 'is finished; more --epochs continue it'
+            say('; '.join([f'{args.resume} {state}, after {epoch} epochs and {step} steps',
+                           *changed.values()]))
+
+        if rank == 0:
+            os.makedirs(args.model_dir, exist_ok=True)
+            lock = models.lock(args.model_dir)  # until this process ends
+            if not args.resume and os.path.exists(f'{args.model_dir}/last.pt'):
+                raise ValueError(f'{args.model_dir} contains a run: continue it with --resume, or '
+                                 'choose another --model-dir')
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    models.accelerate(model, args.amp, args.compile, {args.batch_size // world, 512,
+                                                      -(-args.batch_size // world)})
+    if ema:
+        models.accelerate(ema, args.amp)
+
+    def save(*names):
+        """Write config.json, log.csv and NAME.pt for each name, best.pt before last.pt.
+
+        What cannot be written is kept and tried again with the next save.
+        """
+        if rank > 0:
+            return
+        content = dict(about, epoch=epoch, step=step, log=log, total=total.item(),
+                       seconds=time.monotonic() - began, state_dict=model.state_dict(),
+                       optimizer=optimizer.state_dict(), ema_state_dict=ema and ema.state_dict())
+        unsaved.update(dict.fromkeys(names, content))
+        try:
+            with models.atomic_write(f'{args.model_dir}/config.json') as f:
+                json.dump(json.loads(json.dumps(about), parse_constant=str), f, indent=1)  # inf
+            with models.atomic_write(f'{args.model_dir}/log.csv', newline='') as f:
+                writer = csv.DictWriter(f, log[-1] if log else [], extrasaction='ignore')
+                writer.writeheader()
+                writer.writerows(log)
+            for name in sorted(unsaved, key='last'.__eq__):
+                models.save(unsaved[name], f'{args.model_dir}/{name}.pt')
+                del unsaved[name]
+        except OSError as error:
+            unsaved.update(copy.deepcopy(unsaved))  # the weights in it will change
+            say(f'Warning: cannot save in {args.model_dir} ({error.strerror}); training continues')
+
+    # Ctrl-C, kill and a cluster's time limit end the run after the step, saved
+    stop = torch.zeros((), dtype=torch.int)
+
+    def ask_to_stop(number, _):
+        stop.fill_(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # clusters send SIGTERM twice
+        with contextlib.suppress(OSError):  # print() is not safe in a signal handler
+            os.write(2, b'stopping after this step; press again to stop now\n' * (rank == 0))
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, ask_to_stop)
+
+    say(f'{ALGORITHM}{" with entropy weights" * args.entropy_weight}: {args.arch}, '
+        f'{len(images):,} images of {args.dataset}, {args.epochs} epoch{"s" * (args.epochs > 1)}, '
+        f'{world} process{"es" * (world > 1)} on {device.type}; saved in {args.model_dir}')
+    saved_at = time.monotonic()
+    for epoch in range(epoch, args.epochs):
+        data.seed(args.seed, epoch)
+        num_own = num_steps * (args.batch_size - num_extra) if num_extra else len(images)
+        batches = data.draw(len(images), num_own, device).split(args.batch_size - num_extra)
+        if num_extra:
+            more = data.draw(len(extra[0]), num_steps * num_extra, device).split(num_extra)
+        first, epoch_began = step, time.monotonic()
+        bar = tqdm(range(step, num_steps), f'epoch {epoch + 1}/{args.epochs}', num_steps,
+                   initial=step, unit='batch', leave=False,
+                   disable=None if rank == 0 and sys.stderr else True)
+        for step in bar:
             for group in optimizer.param_groups:
-                group['lr'] = learning_rate(args, epoch + (step + 0.5) / len(batches))
+                group['lr'] = learning_rate(args, epoch + (step + 0.5) / num_steps)
             # Each process draws for the whole batch and takes its share: the same for any number
-            commands.seed_everything(args.seed, epoch, step)
-            x, y = images.take(batches[step])
-            batch_size = len(y)
-            x, x_start, y = run.share(x, random_start(x, args.epsilon), y)
-            commands.seed_everything(args.seed, epoch, step, 1 + run.rank)  # for dropout
+            data.seed(args.seed, epoch, step)
+            x, y = images[batches[step]], labels[batches[step]]
+            if num_extra:
+                x = torch.cat([x, extra[0][more[step]]])
+                y = torch.cat([y, extra[1][more[step]]])
+            x, batch_size = data.to_float(data.augment(x, args.augment), layout), len(y)
+            x_start = random_start(x, args.epsilon)
+            x, x_start, y = (t.tensor_split(world)[rank] for t in (x, x_start, y))
+            data.seed(args.seed, epoch, step, 1 + rank)  # dropout
 
-            with models.frozen(model):
-                adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
+            for p in weights:  # the attack needs gradients of its input alone
+                p.requires_grad_(False)
+            adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
+            for p in weights:
+                p.requires_grad_(True)
+
             loss_args = dict(model=model, x_natural=x, y=y, optimizer=optimizer, adv=adv,
                              perturb_steps=args.num_steps, entropy_weight=args.entropy_weight,
                              tau=args.tau, reduction='sum', **loss_options(args, epoch))
             perturbing = args.awp_gamma > 0 and epoch >= args.awp_warmup
             if perturbing:
                 with models.frozen_statistics(model):
-                    run.backward(loss_function(**loss_args), batch_size)
+                    backward(model, loss_function(**loss_args), batch_size)
                 unperturbed = models.perturb_weights(model, args.awp_gamma)
-            loss = run.backward(loss_function(**loss_args), batch_size)
+            total += backward(model, loss_function(**loss_args), batch_size)
             if perturbing:
                 models.restore_weights(unperturbed)
             optimizer.step()
             if ema:  # the weights before the first step do not count
                 models.average(ema, model, args.ema if epoch or step else 0)
-            run.after_step(loss)
-        run.after_epoch(evaluate.evaluate_epoch(model, *images.held_out, args.epsilon,
-                                                args.test_batch_size, args.seed, average=ema))
-    run.finish()
 
+            step += 1
+            last = step == num_steps
+            look = world == 1 or step % 10 == 0 or last  # for signals to any of the processes
+            asked = look and int(all_reduce(stop, dist.ReduceOp.MAX))
+            due = time.monotonic() > saved_at + 60 * args.save_every_minutes
+            if last or asked or due or step % -(-num_steps // 4) == 0:
+                loss = total.item() / min(step * args.batch_size, num_images)
+                if not (math.isfinite(loss) and all(p.isfinite().all() for p in weights)):
+                    sys.exit(f'the loss or a weight is not finite by step {step} of epoch '
+                             f'{epoch + 1}; last.pt is from before. Try a lower --lr')
+                bar.set_postfix(loss=f'{loss:.3f}')
+                if bar.disable and not last:
+                    say(f'epoch {epoch + 1}, step {step}/{num_steps}: loss {loss:.3f}')
+            if last or asked or due:
+                save('last')  # also before the evaluation of an epoch
+                saved_at = time.monotonic()
+            if asked:
+                all_reduce(torch.zeros(1))  # until the first process has saved
+                say(f'stopped; continue with --resume {args.model_dir}')
+                sys.exit(128 + asked)
 
-def main():
-    with commands.exit_status():
-        with commands.mistakes():
-            args = parse_args()
-        train(args)
+        num_done = num_images - min(first * args.batch_size, num_images)
+        images_per_s = num_done / (time.monotonic() - epoch_began)
+        row = {'epoch': epoch + 1, 'lr': learning_rate(args, epoch + (step - 0.5) / num_steps),
+               'loss': total.item() / num_images,
+               **test(model, *held_out, args, layout, rank, world)}
+        if ema:
+            result = test(ema, *held_out, args, layout, rank, world)
+            row |= {f'ema_{name}': value for name, value in result.items()}
+        log.append(row | {'images_per_s': images_per_s, 'seconds': time.monotonic() - began})
+        epoch, step = epoch + 1, 0
+        total.zero_()
+        which = 'ema_' if ema else ''
+        best = max(log, key=lambda row: row.get(f'{which}pgd10', row['pgd10']))
+        keep = args.save_freq and epoch % args.save_freq == 0
+        save(*['best'] * (best is log[-1]), *[f'epoch-{epoch}'] * keep, 'last')
+        saved_at = time.monotonic()
+        minutes = (saved_at - began) / 60 / epoch * (args.epochs - epoch)
+        say(f'epoch {epoch}/{args.epochs}  loss {row["loss"]:.3f}  {which}clean '
+            f'{row[which + "clean"]:.1%}  {which}pgd10 {row[which + "pgd10"]:.1%}  entropy '
+            f'{row["entropy"]:.2f}  {images_per_s:,.0f} images/s  {minutes:.0f} min left')
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if unsaved:
+        sys.exit(f'{", ".join(unsaved)} could not be saved in {args.model_dir}')
+    say(f'finished; evaluate it with: python evaluate.py --model-path {args.model_dir}')
 
 
 if __name__ == '__main__':
