@@ -462,12 +462,11 @@ def load(path):
             return load_file(path)
         with open(path, 'rb') as f:
             zipped = f.read(4) == b'PK\3\4'  # as torch.load decides
-        if zipped:
-            if 'constants.pkl' in torch._C.PyTorchFileReader(path).get_all_records():
+            f.seek(0)
+            if zipped and 'constants.pkl' in torch._C.PyTorchFileReader(f).get_all_records():
                 raise ValueError('it is a TorchScript archive')  # torch.load would run it
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():  # torch.load does not look at the checksums
-                    raise ValueError('it is damaged')
+        if zipped and zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
+            raise ValueError('it is damaged')
         safe = SimpleNamespace(Unpickler=Unpickler, __name__='safe', load=lambda f, **options:
                                Unpickler(f, **options).load())
         content = torch.load(path, map_location='cpu', pickle_module=safe, weights_only=False)

@@ -396,8 +396,9 @@ def main(argv=None):
     def ask_to_stop(number, _):
         stop.fill_(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # clusters send SIGTERM twice
-        with contextlib.suppress(OSError):  # print() is not safe in a signal handler
-            os.write(2, b'stopping after this step; press again to stop now\n' * (rank == 0))
+        if rank == 0 and sys.stderr:
+            with contextlib.suppress(OSError):  # print() is not safe in a signal handler
+                os.write(2, b'stopping after this step; press again to stop now\n')
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
