@@ -434,7 +434,7 @@ class Inert(dict):
     def __call__(self, *args, **kwargs):
         return self
 
-    __setstate__ = append = extend = add = __call__
+    __setstate__ = append = extend = __call__
 
 
 class Unpickler(pickle.Unpickler):
@@ -474,7 +474,7 @@ def load(path):
             raise ValueError(f'it holds a {type(content).__name__}, not a state_dict')
         return content
     except OSError as error:
-        raise OSError(f'{path}: {error.strerror}') from None
+        raise OSError(f'{path}: {error.strerror or error}') from None
     except ImportError:
         raise ValueError(f'{path}: reading it needs pip install safetensors') from None
     except Exception as error:  # whatever a damaged file makes of the parser

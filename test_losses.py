@@ -646,5 +646,5 @@ def test_scripts_share_what_they_should(name, part):
 
     a, b = lines_of('at'), lines_of(name)
     odd = next((pair for pair in zip(a + [''], b + ['']) if pair[0] != pair[1]), '')
-    assert a == b, (f'{part} differs between train_at.py and train_{name}.py: edit it in one script '
-                    'and copy it to the other three. First difference:\n' + '\n'.join(odd))
+    assert a == b, (f'{part} differs between train_at.py and train_{name}.py: edit it in one '
+                    'script and copy it to the other three. First difference:\n' + '\n'.join(odd))

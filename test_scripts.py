@@ -627,6 +627,14 @@ def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values, mon
 
 # ---------------------------------------------------------------- own networks, images and weights
 
+@pytest.mark.parametrize('channels', [1, 3])
+def test_an_own_network_gets_the_contiguous_images_that_its_view_needs(channels):
+    images = GREY.repeat(channels, 3)
+    own_images(train_images=images, test_images=images[:20])
+    Path('net.py').write_text(NETS.replace('Conv2d(1', f'Conv2d({channels}'))
+    train('at', NET, '--epochs 1 --ema 0.9')
+
+
 def test_extra_images_have_their_share_of_each_batch_and_are_drawn_evenly():
     batches = []
     images, extra = data.load_data('own.npz')[0], data.load_npz('extra.npz', 'image', 'label')[0]
@@ -1067,7 +1075,8 @@ def test_a_checkpoint_can_neither_run_code_nor_change_torch(attack):
         assert models.load('a.pt').get('x') is not torch.UntypedStorage
     except ValueError as error:
         assert '\n' not in str(error) and 'shared object' not in str(error)  # dlopen's
-    assert sorted(Path().glob('*.pt*')) == [Path('a.pt')] and torch._utils._rebuild_tensor_v2.__defaults__ == rebuild
+    assert [*Path().glob('*.pt*')] == [Path('a.pt')]
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == rebuild
     assert not hasattr(torch.TypedStorage, 'dump_patches')
 
 
@@ -1182,7 +1191,7 @@ def test_a_write_that_fails_leaves_the_old_file(monkeypatch):
     monkeypatch.setattr(os, 'fsync', Mock(side_effect=OSError(28, 'No space left on device')))
     with pytest.raises(OSError):
         models.save({'w': torch.ones(1)}, 'a.pt')
-    assert sorted(Path().glob('*.pt*')) == [Path('a.pt')] and Path('a.pt').read_bytes() == old
+    assert [*Path().glob('*.pt*')] == [Path('a.pt')] and Path('a.pt').read_bytes() == old
 
 
 @pytest.mark.skipif(not (ROOT / 'results').is_dir(), reason='needs results/')
@@ -1226,17 +1235,17 @@ def test_a_missing_or_damaged_file_is_named(dataset, file, monkeypatch):
     refuses(f'^data/{file} is damaged: delete it', data.load_data, dataset, 'data')
 
 
-IMAGES, WHOLE_LABELS = np.full((20, 12, 10, 3), 99, np.uint8), np.arange(20) % 5
+IMAGES, TRUTH = np.full((20, 12, 10, 3), 99, np.uint8), np.arange(20) % 5
 
 
 @pytest.mark.parametrize('images, labels, told', [
-    (IMAGES / 255, WHOLE_LABELS, 'uint8 .*not float64'), (IMAGES[..., 0], WHOLE_LABELS, r'\(20, 12, 10\)'),
-    (IMAGES.transpose(0, 3, 1, 2), WHOLE_LABELS, r'\(20, 3, 12, 10\)'), (IMAGES, WHOLE_LABELS[:9], r'\(9,\)'),
-    (IMAGES, WHOLE_LABELS * 1.0, 'whole numbers'), (IMAGES, WHOLE_LABELS - 1, 'from 0'),
-    (IMAGES // 99, WHOLE_LABELS, 'above 1'), (IMAGES[:0], WHOLE_LABELS[:0], 'from 0'),
-    (None, WHOLE_LABELS, 'image'), (np.array([None] * 20), WHOLE_LABELS, 'allow_pickle')])
+    (IMAGES / 255, TRUTH, 'uint8 .*not float64'), (IMAGES[..., 0], TRUTH, r'\(20, 12, 10\)'),
+    (IMAGES.transpose(0, 3, 1, 2), TRUTH, r'\(20, 3, 12, 10\)'), (IMAGES, TRUTH[:9], r'\(9,\)'),
+    (IMAGES, TRUTH * 1.0, 'whole numbers'), (IMAGES, TRUTH - 1, 'from 0'),
+    (IMAGES // 99, TRUTH, 'above 1'), (IMAGES[:0], TRUTH[:0], 'from 0'),
+    (None, TRUTH, 'image'), (np.array([None] * 20), TRUTH, 'allow_pickle')])
 def test_arrays_that_are_not_images_and_labels_are_refused(images, labels, told):
-    good = {'train_images': IMAGES, 'train_labels': WHOLE_LABELS}
+    good = {'train_images': IMAGES, 'train_labels': TRUTH}
     bad = {'test_images': images, 'test_labels': labels, 'image': images, 'label': labels}
     np.savez('a.npz', **{k: v for k, v in (good | bad).items() if v is not None})
     refuses(f'^a.npz.*{told}', data.load_npz, 'a.npz', 'image', 'label')
@@ -1244,7 +1253,7 @@ def test_arrays_that_are_not_images_and_labels_are_refused(images, labels, told)
 
 
 def save_npz(**changed):
-    labels = {'train_labels': WHOLE_LABELS, 'test_labels': WHOLE_LABELS[:6].astype(np.uint8)}
+    labels = {'train_labels': TRUTH, 'test_labels': TRUTH[:6].astype(np.uint8)}
     np.savez('own.npz', **{'train_images': IMAGES, 'test_images': IMAGES[:6], **labels, **changed})
 
 
@@ -1259,8 +1268,8 @@ def test_ones_own_images():
 
 
 @pytest.mark.parametrize('changed, told', [
-    ({'train_labels': WHOLE_LABELS + 1}, '0 to K - 1'), ({'test_labels': WHOLE_LABELS[:6] + 4}, '0 to K - 1'),
-    ({'train_labels': WHOLE_LABELS * 0}, 'K >= 2'), ({'class_names': ['a']}, '5 different names'),
+    ({'train_labels': TRUTH + 1}, '0 to K - 1'), ({'test_labels': TRUTH[:6] + 4}, '0 to K - 1'),
+    ({'train_labels': TRUTH * 0}, 'K >= 2'), ({'class_names': ['a']}, '5 different names'),
     ({'test_images': IMAGES[:6, :9]}, 'differ in shape'), ({'class_names': ['a'] * 5}, '5 diff')])
 def test_what_is_wrong_with_ones_own_images_is_one_line(changed, told):
     save_npz(**changed)
@@ -1917,7 +1926,8 @@ RESULTS = ROOT / 'results'
 PAGES = {path: path.read_text() for path in (
     ROOT / 'README.md', RESULTS / 'README.md', RESULTS / 'cifar10' / 'README.md')}
 README = PAGES[ROOT / 'README.md']
-COMMANDS = [line for page in PAGES.values() for block in re.findall(r'```bash\n(.*?)```', page, re.S)
+COMMANDS = [line for page in PAGES.values()
+            for block in re.findall(r'```bash\n(.*?)```', page, re.S)
             for line in block.splitlines() if re.match(r'(python|torchrun) .*\.py', line)]
 
 
@@ -2034,6 +2044,6 @@ def test_a_committed_network_has_its_recorded_accuracy():
 
 
 def test_the_analysis_of_the_results_runs():
-    done = subprocess.run([sys.executable, RESULTS / 'analysis.py', '--no-figures'], capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, RESULTS / 'analysis.py', '--no-figures'],
+                          capture_output=True, text=True)
     assert done.returncode == 0 and '| cifar10 | TRADES | control |' in done.stdout, done.stderr

@@ -209,23 +209,23 @@ def parse_args(argv):
         parser.error(str(error))
     args = parser.parse_args(argv)
 
-    given = {word.partition('=')[0] for word in argv}
-    numbers = [args.epochs, args.num_steps, args.batch_size, args.train_size, args.test_size,
-               args.tau, args.lr, *args.lr_milestones, vars(args).get('begin_epoch')]
+    for name, low in dict(epochs=1, begin_epoch=1, num_steps=1, batch_size=1, train_size=1,
+                          test_size=1, val_size=0, save_freq=0, momentum=0, weight_decay=0,
+                          awp_gamma=0, awp_warmup=0, beta=0, seed=0).items():
+        value = vars(args).get(name)
+        if value is not None and not value >= low:
+            parser.error(f'--{name.replace("_", "-")} must be at least {low}')
+    given, milestones = {word.partition('=')[0] for word in argv}, args.lr_milestones
+    num_extra = args.extra_fraction * args.batch_size
     for holds, message in (
             (args.entropy_weight or '--tau' not in given, '--tau needs --entropy-weight'),
-            (all(n is None or n > 0 for n in numbers),
-             'sizes, numbers of epochs and steps, --tau, --lr and --lr-milestones must be above 0'),
-            (args.lr_milestones == sorted(set(args.lr_milestones)), '--lr-milestones must rise'),
+            (args.tau > 0 and args.lr > 0, '--tau and --lr must be above 0'),
+            (milestones == sorted({n for n in milestones if n > 0}), '--lr-milestones must rise'),
             (args.ema is None or 0 < args.ema < 1, '--ema must lie between 0 and 1'),
-            (not args.extra_data or 0.5 < args.extra_fraction * args.batch_size
-             < args.batch_size - 0.5,
-             '--extra-fraction must leave room for both kinds of images in a batch'),
-            *((vars(args).get(name.replace('-', '_'), 0) >= 0, f'--{name} must be at least 0')
-              for name in ('beta', 'val-size', 'momentum', 'weight-decay', 'awp-gamma',
-                           'awp-warmup', 'save-freq')),
             ((vars(args).get('begin_epoch') or 0) <= args.epochs, '--begin-epoch is past the end'),
-            (not known.resume or ':' not in args.arch or '--arch' in given,
+            (not args.extra_data or 0.5 < num_extra < args.batch_size - 0.5,
+             '--extra-fraction must leave room for both kinds of images in a batch'),
+            (not saved or ':' not in args.arch or '--arch' in given,
              'give --arch again: code is run only if the command names it')):
         if not holds:
             parser.error(message)
@@ -380,10 +380,7 @@ def main(argv=None):
         models.accelerate(ema, args.amp)
 
     def save(*names):
-        """Write config.json, log.csv and NAME.pt for each name, best.pt before last.pt.
-
-        What cannot be written is kept and tried again with the next save.
-        """
+        """Write config.json, log.csv and NAME.pt for each name; try again later if that fails."""
         if rank > 0:
             return
         content = dict(about, epoch=epoch, step=step, log=log, total=total.item(),
@@ -397,7 +394,7 @@ def main(argv=None):
                 writer = csv.DictWriter(f, log[-1] if log else [], extrasaction='ignore')
                 writer.writeheader()
                 writer.writerows(log)
-            for name in sorted(unsaved, key='last'.__eq__):
+            for name in sorted(unsaved, key='last'.__eq__):  # best.pt before last.pt
                 models.save(unsaved[name], f'{args.model_dir}/{name}.pt')
                 del unsaved[name]
         except OSError as error:

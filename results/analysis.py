@@ -144,14 +144,19 @@ def premise(runs):
 
 def forest(rows):
     """EW minus control and EW minus plain with their intervals, and the paper's smallest gain."""
-    fig, ax = plt.subplots(figsize=(3.5, 0.7 + 0.16 * len(rows)), layout='constrained')
-    ax.axvspan(-PAPER_GAIN, PAPER_GAIN, color='0.9')
-    for y, (e, method, name, _, mean, half, _, seeds) in enumerate(rows):
-        ax.errorbar(mean, y, xerr=None if np.isnan(half) else half, fmt='o', markersize=3.5,
-                    color=COLOURS[method], fillstyle='full' if name == 'control' else 'none')
-    ax.set_yticks(range(len(rows)), [f'{e}: EW-{m} minus {n} ({k})' for e, m, n, *_, k in rows])
-    ax.set(xlabel="points in the worst case; grey: within the paper's smallest gain",
-           ylim=(len(rows) - 0.4, -0.6))
+    experiments = list(dict.fromkeys(row[0] for row in rows))
+    counts = [sum(row[0] == e for row in rows) for e in experiments]
+    fig, axes = plt.subplots(len(counts), figsize=(3.5, 0.8 + 0.17 * len(rows)), squeeze=False,
+                             layout='constrained', height_ratios=counts)
+    for ax, experiment in zip(axes.flat, experiments):
+        shown = [row for row in rows if row[0] == experiment]
+        ax.axvspan(-PAPER_GAIN, PAPER_GAIN, color='0.85')
+        for y, (_, method, name, _, mean, half, _, _) in enumerate(shown):
+            ax.errorbar(mean, y, xerr=None if np.isnan(half) else half, fmt='o', markersize=3.5,
+                        color=COLOURS[method], fillstyle='full' if name == 'control' else 'none')
+        ax.set_yticks(range(len(shown)), [f'EW-{m} minus {n} ({k})' for _, m, n, *_, k in shown])
+        ax.set(title=experiment, ylim=(len(shown) - 0.5, -0.5))
+    axes[-1, 0].set_xlabel('difference in points')
     save(fig, 'differences')
 
 
