@@ -2,6 +2,14 @@
 
     images, labels = load_data('cifar10', train=True)     # uint8 (N, C, H, W), int64 (N,)
     x = to_float(augment(images[:128], 'crop-flip'))      # float32 in [0, 1]
+
+Your own data is an .npz; from folders of images, one for each class:
+
+    import numpy as np, torchvision
+    train, test = (torchvision.datasets.ImageFolder(folder) for folder in ('train', 'test'))
+    images = [np.stack([image.resize((32, 32)) for image, _ in split]) for split in (train, test)]
+    np.savez('my_data.npz', train_images=images[0], train_labels=train.targets,
+             test_images=images[1], test_labels=test.targets, class_names=train.classes)
 """
 import argparse
 import math

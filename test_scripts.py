@@ -1987,15 +1987,15 @@ def test_the_readmes_lines_of_python_evaluate_any_network():
     assert all(f"'{column}': " in out.getvalue() for column in ('clean', 'ls', 'autoattack'))
 
 
-def test_the_readmes_lines_make_a_data_set_of_folders_of_images():
+def test_the_recipe_in_data_py_makes_a_data_set_of_folders_of_images():
     from PIL import Image
-    lines, = re.findall(r'```python\n( *import numpy as np, torchvision.*?)```', README, re.S)
+    lines = re.search(r'    import numpy.*', data.__doc__, re.S)[0]
     for i, (split, name) in enumerate([('train', 'cat'), ('train', 'dog'), ('test', 'dog')]):
         Path(split, name).mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (40, 50), (50 * i, 9, 200)).save(f'{split}/{name}/{i}.png')
     Path('test', 'cat').mkdir()
     Image.new('RGB', (40, 50)).save('test/cat/3.png')
-    exec(re.sub('^  ', '', lines, flags=re.M), {})
+    exec(re.sub('^    ', '', lines, flags=re.M), {})
     images, labels = data.load_data('my_data.npz')
     assert images.shape == (2, 3, 32, 32) and labels.tolist() == [0, 1]
     assert images[1, :, 0, 0].tolist() == [50, 9, 200]

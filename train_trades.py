@@ -360,8 +360,8 @@ def main(argv=None):
             epoch, step, log = saved['epoch'], saved['step'], saved['log']
             total.fill_(saved['total'])
             began -= saved['seconds']
-            state = 'continues' if epoch < args.epochs else 'is finished; more --epochs continue it'
-            say('; '.join([f'{args.resume} {state}, after {epoch} epochs and {step} steps',
+            state = 'continues' if epoch < args.epochs else 'is finished (more --epochs continue it)'
+            say('; '.join([f'{args.resume} {state}: {epoch} epochs and {step} steps are done',
                            *changed.values()]))
 
         if rank == 0:
