@@ -14,8 +14,8 @@ model in <model>.eval.npz, so that the same command continues an interrupted eva
     autoattack   the standard version: apgd-ce, apgd-t, fab-t and square, each on the examples that
                  withstand those before it; each of the four is available on its own as well
 
-The attacks search at torch's default precision, which may be TF32 on a GPU. What counts is the
-prediction on the adversarial example in float32.
+The attacks search at torch's default precision, which may be TF32 on a GPU. Accuracies
+are computed from float32 predictions on the adversarial examples.
 """
 import argparse
 import contextlib
@@ -29,13 +29,12 @@ import time
 from datetime import timedelta
 from types import SimpleNamespace
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import pyautoattack
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from pyautoattack import checks
 from tqdm import tqdm
 
@@ -51,14 +50,22 @@ STANDARD = {'aa: apgd-ce': 'apgd-ce', 'aa: + apgd-t': 'apgd-t', 'aa: + fab-t': '
 MEASURES = 'correct', 'entropy', 'margin', 'p_wrong', 'kappa'
 LOW_CLEAN = {'mnist': 0.9, 'digits': 0.9, 'cifar10': 0.6, 'cifar100': 0.3}
 
+# Okabe and Ito's colours, which colour-blind readers can distinguish: a fixed one for each method
+COLOURS = {'at': '#0072B2', 'trades': '#D55E00', 'mart': '#009E73', 'gairat': '#CC79A7'}
+OTHER_COLOURS = '#E69F00', '#56B4E9', '#000000', '#B8A800'
+LINES, MARKERS = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))), 'os^DvP'
+WRITTEN = {'clean': 'clean accuracy', 'pgd10': 'PGD-10 accuracy', 'entropy': 'PGD-10 entropy',
+           'pgd20': 'PGD-20', 'worst': 'worst case', 'autoattack': 'AutoAttack'}
+STYLE = {'font.size': 7, 'legend.fontsize': 6, 'legend.frameon': False, 'axes.grid': True,
+         'axes.titlesize': 6, 'axes.axisbelow': True, 'grid.linewidth': 0.3, 'pdf.fonttype': 42,
+         'lines.markersize': 4.5, 'lines.linewidth': 1.1, 'text.parse_math': False}
+
 
 # ---------------------------------------------------------------- attacks
-
 def check_input(x, *lengths):
     """Raise ValueError unless the images and the lengths lie in [0, 1]."""
     if not (x.min() >= 0 and x.max() <= 1):  # NaN is refused as well
-        raise ValueError(f'images must lie in [0, 1], not in [{x.min():.3g}, {x.max():.3g}]: '
-                         'normalize inside the network')
+        raise ValueError('images must lie in [0, 1]: normalize them inside the network')
     if not all(0 <= length <= 1 for length in lengths):
         raise ValueError(f'epsilon and step_size must lie in [0, 1]: 8/255, not 8; got {lengths}')
 
@@ -90,33 +97,25 @@ def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, rand
 
 
 @torch.no_grad()
-def auto_attack(attack, model, x, y, epsilon, seed):
-    """x_adv by one of AUTOATTACK as in the standard version; with K < 10 classes, K - 1 targets.
-
-    The package's own loop over them is not used because it cannot continue after a kill.
-    """
-    adversary = pyautoattack.AutoAttack(model, eps=epsilon, seed=seed, device=x.device)
-    part, num_classes = getattr(adversary, AUTOATTACK[attack]), model(x[:1]).shape[1]
-    part.targeted, part.n_target_classes = attack == 'fab-t', min(9, num_classes - 1)
-    part.logger = SimpleNamespace(warning=lambda text: None)  # inspect_model has warned
-    if attack == 'apgd-t' and num_classes < 4:
-        raise ValueError(f'the loss of apgd-t needs at least 4 classes, not {num_classes}')
-    return part.perturb(x.contiguous(), y)
-
-
 def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_scale=10.0,
                kappa=None):
     """x_adv for images x (B, C, H, W) in [0, 1] and labels y (B,).
 
     attack: clean, or a name in STEPS or AUTOATTACK. first: the position of the first example, which
-    together with seed decides the random start; torch is reseeded. Restarts attack the examples
-    that still withstand. kappa: see pgd_attack, of the first start. Raises RuntimeError if x_adv is
-    not within epsilon of x and in [0, 1].
+    together with seed decides the random start; torch is reseeded. Restarts attack only
+    examples that no start has broken. kappa: see pgd_attack, in the first start. Raises
+    RuntimeError if x_adv is not within epsilon of x and in [0, 1].
     """
     check_input(x, epsilon)
     x_adv, standing = x, torch.arange(len(x), device=x.device)
-    if attack in AUTOATTACK:
-        x_adv = auto_attack(attack, model, x, y, epsilon, seed)
+    if attack in AUTOATTACK:  # the package's own loop over its attacks cannot continue after a kill
+        adversary = pyautoattack.AutoAttack(model, eps=epsilon, seed=seed, device=x.device)
+        part, num_classes = getattr(adversary, AUTOATTACK[attack]), model(x[:1]).shape[1]
+        part.targeted, part.n_target_classes = attack == 'fab-t', min(9, num_classes - 1)
+        part.logger = SimpleNamespace(warning=lambda text: None)  # inspect_model has warned
+        if attack == 'apgd-t' and num_classes < 4:
+            raise ValueError(f'the loss of apgd-t needs at least 4 classes, not {num_classes}')
+        x_adv = part.perturb(x.contiguous(), y)
     elif attack != 'clean':
         step_size, num_steps = STEPS[attack]
         for restart in range(1 if attack == 'fgsm' else restarts):
@@ -135,7 +134,6 @@ def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_sca
 
 
 # ---------------------------------------------------------------- metrics
-
 @torch.no_grad()
 def predict(model, x):
     """Logits in float32, without TF32 and autocast: the prediction that counts."""
@@ -204,22 +202,23 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     correct (bool); entropy, margin: see above; p_wrong: 1 - p_y; kappa: see pgd_attack. images:
     uint8 (N, C, H, W); labels: (N,); examples: (N,) bool, the ones to attack (default: all); the
     others count as wrong, and their other measures are NaN. options: restarts, ls_scale. measures:
-    float32 (5, N) of an earlier call, to be completed; save: called after each batch; desc: of the
-    progress bar. The processes of torch.distributed share the batches. The model is evaluated in
-    eval mode; its modes and torch's random state are left as they were.
+    float32 (5, N) of an earlier call, to be completed; save: called after each batch. The processes
+    of torch.distributed share the batches. The model is evaluated in eval mode; its modes and
+    torch's random state are left as they were.
     """
     if measures is None:
         measures = np.full((len(MEASURES), len(labels)), np.nan, np.float32)
     index = np.arange(len(labels)) if examples is None else np.flatnonzero(examples)
     todo = [first for first in range(0, len(index), batch_size)
             if np.isnan(measures[0, index[first:first + batch_size]]).any()]
-    world_size, rank = len(gather(0)), dist.get_rank() if dist.is_initialized() else 0
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     device = next(model.parameters(), images).device
     with frozen(model, device), tqdm(total=len(todo), desc=desc, unit='batch', leave=False,
                                      disable=None if desc else True) as bar:
         for i in range(0, len(todo), world_size):
-            mine = {}
-            for first in todo[i:i + world_size][rank:rank + 1]:  # one batch, or none at the end
+            mine = None  # this process has no batch at the end
+            if i + rank < len(todo):
+                first = todo[i + rank]
                 batch = index[first:first + batch_size]
                 x, y = to_input(model, images[batch]), labels[batch].to(device)
                 kappa = torch.full(y.shape, 0.0 if attack in STEPS else math.nan, device=device)
@@ -227,12 +226,11 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
                                    **options)
                 logits = predict(model, x_adv)
                 p_wrong = -torch.expm1(-F.cross_entropy(logits, y, reduction='none'))
-                mine[first] = torch.stack([(logits.argmax(1) == y).float(), entropy(logits),
+                mine = batch, torch.stack([(logits.argmax(1) == y).float(), entropy(logits),
                                            margin(logits, y), p_wrong, kappa]).cpu().numpy()
-            for theirs in gather(mine):
-                for first, values in theirs.items():
-                    measures[:, index[first:first + batch_size]] = values
-                bar.update(len(theirs))
+            for batch, values in filter(None, gather(mine)):
+                measures[:, batch] = values
+                bar.update()
             if save:
                 save()
     return dict(zip(MEASURES, [measures[0] == 1, *measures[1:]]))
@@ -245,8 +243,8 @@ def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 2
     attacks: 'autoattack' and the names in STEPS and AUTOATTACK; aa_epsilon: for AutoAttack
     (default: epsilon); name: for the progress on stderr; records: a Records.
     """
-    columns, outcomes = {}, {}
-    for attack in ('clean', *attacks):
+    columns, outcomes = {'clean': 'clean'}, {}
+    for attack in attacks:
         columns |= STANDARD if attack == 'autoattack' else {attack: attack}
     for title, attack in columns.items():
         began, measures = time.monotonic(), None
@@ -283,26 +281,25 @@ def entropy_report(entropies, correct, threshold):
 
 
 # ---------------------------------------------------------------- a row of the table
-
 def inspect_model(model, x, y, num_classes):
-    """(clean accuracy, warnings, fingerprint) of a network on a batch of images.
+    """(clean accuracy, warnings of AutoAttack's own checks, fingerprint) of a network on a batch.
 
-    The warnings are those of AutoAttack's own checks. The fingerprint, rounded logits and gradients
-    of 16 images, changes with the network's code. Raises ValueError without proper logits.
+    The fingerprint, rounded logits and gradients of 16 images, changes with the network's code.
     """
-    warnings = []
-    logger = SimpleNamespace(warning=lambda text: warnings.append(text.split(' See flags')[0]))
+    messages = []
+    logger = SimpleNamespace(warning=messages.append)
     with frozen(model, x.device):
         logits = model(x.requires_grad_())
         if logits.shape != (len(x), num_classes) or not logits.isfinite().all():
-            raise ValueError(f'its output {tuple(logits.shape)} must be {len(x), num_classes} and '
-                             'finite')
+            raise ValueError(f'its output must be {len(x), num_classes} and finite, not '
+                             f'{tuple(logits.shape)}')
         grad, = torch.autograd.grad(F.cross_entropy(logits, y, reduction='sum'), x)
         checks.check_zero_gradients(grad.flatten(1), logger=logger)
         checks.check_randomized(model, x, y, logger=logger)
         checks.check_range_output(model, x, logger=logger)  # the fourth check disables debuggers
     numbers = torch.cat([logits[:16].flatten(), grad[:16].abs().sum((1, 2, 3))]).tolist()
     fingerprint = ' '.join(f'{number:.3g}' for number in numbers)
+    warnings = [text.split(' See flags')[0] for text in messages]
     return (logits.argmax(1) == y).float().mean().item(), warnings, fingerprint
 
 
@@ -339,82 +336,84 @@ class Records:
 
 
 def evaluate_row(args, row, rank):
-    """Complete a model's row: its numbers, its warnings, and the outcomes of evaluate_model."""
-    model, images, labels = row['network'], row['images'], row['labels']
-    x, y = to_input(model, images[:args.batch_size]), labels[:args.batch_size]
-    clean, warnings, fingerprint = inspect_model(model, x, y, len(args.classes))
-    if clean < LOW_CLEAN.get(args.dataset, 0.3) and not row['about']:
-        warnings.append(
-            f'only {clean:.1%} of the first {len(y)} images are classified correctly; perhaps the '
-            'network needs --normalize, another --dataset or --arch preactresnet18-raw')
-    for text in [] if rank else warnings:
+    """Complete a model's row: the outcomes of evaluate_model and the numbers that follow."""
+    for text in [] if rank else row['warnings']:
         print(f'Warning: {row["model"]}: {text}', file=sys.stderr)
-    weights = data.checksum(*(v.cpu().contiguous() for v in model.state_dict().values()))
-    row |= dict(n=len(labels), weights=weights, warnings=warnings, report={})
-    records = Records(row['path'], rank == 0, weights=weights, fingerprint=fingerprint,
-                      data=data.checksum(images.cpu(), labels.cpu()), **args.versions)
     row['outcomes'] = evaluate_model(
-        model, images, labels, args.attacks, args.epsilon, args.aa_epsilon, args.batch_size,
-        args.seed, args.restarts, args.ls_scale, None if rank else row['model'], records)
+        row['network'], row['images'], row['labels'], args.attacks, args.epsilon, args.aa_epsilon,
+        args.batch_size, args.seed, args.restarts, args.ls_scale, None if rank else row['model'],
+        Records(row['path'], rank == 0, **args.versions,
+                **{k: row[k] for k in ('weights', 'fingerprint', 'data')}))
     correct = {title: outcome['correct'] for title, outcome in row['outcomes'].items()}
     complete = [v for title, v in correct.items() if not title.startswith('aa: ')]
     if len(complete) > 2:  # clean and at least two attacks
         correct['worst'] = np.all(complete, axis=0)
         if 'pgd20' in correct:
             correct['pgd20 - worst'] = correct['pgd20'] & ~correct['worst']
-    if 'pgd20' in correct:
-        row['report'] = entropy_report(row['outcomes']['pgd20']['entropy'], correct['pgd20'],
-                                       args.entropy_threshold)
     row['accuracy'] = {title: float(v.mean()) for title, v in correct.items()}
-    row['stderr'] = {k: math.sqrt(v * (1 - v) / len(labels)) for k, v in row['accuracy'].items()}
+    row['stderr'] = {k: math.sqrt(v * (1 - v) / row['n']) for k, v in row['accuracy'].items()}
+    row['report'] = entropy_report(row['outcomes']['pgd20']['entropy'], correct['pgd20'],
+                                   args.entropy_threshold) if 'pgd20' in correct else {}
 
 
 # ---------------------------------------------------------------- tables and files
-
-def row_names(paths):
-    """run for run/best.pt, run/file for other files, and the path if another has that name."""
-    names = ['/'.join(os.path.splitext(os.path.abspath(p))[0].split(os.sep)[-2:]) for p in paths]
-    names = [name.removesuffix('/best') for name in names]
-    return [name if names.count(name) == 1 else path for name, path in zip(names, paths)]
-
-
 def group_seeds(rows):
-    """{label: rows} of models whose names differ only in seedN, or of one model."""
-    groups = {}
+    """Models whose names differ only in seedN, together: [label, rows, and how to draw them].
+
+    The plain method has the first line and marker, then entropy weights, the control (tau = inf).
+    """
+    names, found, variants, colours = {}, [], set(), dict(COLOURS)
     for row in rows:
-        groups.setdefault(re.sub(r'[-_ ]?seed[-_ ]?\d+', '*', row['model']), []).append(row)
-    return {f'{name.replace("*", "")} ({len(group)} seeds)' if len(group) > 1
-            else group[0]['model']: group for name, group in groups.items()}
+        names.setdefault(re.sub(r'[-_ ]?seed[-_ ]?\d+', '*', row['model']), []).append(row)
+    for name, group in names.items():
+        label = f'{name.replace("*", "")} ({len(group)} seeds)' if group[1:] else group[0]['model']
+        method = group[0]['about'].get('algorithm', label)
+        settings = group[0]['about'].get('args', {})
+        variant = bool(settings.get('entropy_weight')) + (settings.get('tau') == math.inf)
+        while (method, variant) in variants:
+            variant += 1
+        variants.add((method, variant))
+        colour = colours.setdefault(method, OTHER_COLOURS[len(colours) % 4])
+        found.append(SimpleNamespace(label=label, rows=group, method=method, colour=colour,
+                                     line=LINES[variant % 6], marker=MARKERS[variant % 6]))
+    return found
 
 
-def over_seeds(group, part):
-    """Mean and sample standard deviation of the numbers of some rows."""
-    values = np.array([list(row[part].values()) for row in group])
-    return [dict(zip(group[0][part], v.tolist())) for v in (values.mean(0), values.std(0, ddof=1))]
+def seed_means(groups):
+    """Mean and sample standard deviation of each group of several seeds, as in --json."""
+    found = []
+    for group in [group for group in groups if len(group.rows) > 1]:
+        found.append(dict(name=group.label, models=[row['model'] for row in group.rows]))
+        for part in ('accuracy', 'report'):
+            numbers = np.array([list(row[part].values()) for row in group.rows])
+            found[-1][part] = {
+                'mean': dict(zip(group.rows[0][part], numbers.mean(0).tolist())),
+                'sd': dict(zip(group.rows[0][part], numbers.std(0, ddof=1).tolist()))}
+    return found
 
 
-def print_tables(_, args, rows):
+def print_tables(_, args, rows, groups):
     """Print the tables as Markdown; models that differ only in their seed have a row of means."""
     t, num_classes = args.entropy_threshold, len(args.classes)
     radii = data.pixels_text(args.epsilon)
     if {'autoattack', *AUTOATTACK} & {*args.attacks}:
         radii += f', for AutoAttack {data.pixels_text(args.aa_epsilon)}'
         radii += f' with {num_classes - 1} targets instead of 9' if num_classes < 10 else ''
-    tables = {
-        'accuracy': (list(rows[0]['accuracy']), f'Accuracy in % on {args.dataset}, {args.split} '
-                     f'split, n = {rows[0]["n"]:,}; epsilon {radii}; seed {args.seed}, batch size '
-                     f'{args.batch_size}, random starts {args.restarts}, LS scale '
-                     f'{args.ls_scale:g}.'),
-        'report': (['entropy', 'sd of w', f'above {t:g}', f'accuracy above {t:g}', 'accuracy up to '
-                    f'{t:g}'], 'Predictions on the PGD-20 examples: mean entropy in nats, standard '
-                   f'deviation of w = entropy / mean, entropies above {t:g} and accuracies in %.')}
-    for part, (heads, caption) in tables.items():
-        lines = [(row['model'], row[part], {}) for row in rows]
-        lines += [(f'{label}: mean ± sd', *over_seeds(group, part))
-                  for label, group in group_seeds(rows).items() if len(group) > 1]
-        if rows[0][part]:
-            print(f'{caption}\n\n| model | {" | ".join(heads)} |\n| :-- |' + ' --: |' * len(heads))
-        for name, means, sds in lines if rows[0][part] else []:
+    captions = {
+        'accuracy': f'Accuracy in % on {args.dataset}, {args.split} split, n = {rows[0]["n"]:,}; '
+        f'epsilon {radii}; seed {args.seed}, batch size {args.batch_size}, random starts '
+        f'{args.restarts}, LS scale {args.ls_scale:g}.',
+        'report': 'Predictions on the PGD-20 examples: mean entropy in nats, standard deviation of '
+        f'w = entropy / mean, entropies above {t:g} and accuracies in %.'}
+    heads = {'sd_of_w': 'sd of w', 'high_entropy': f'above {t:g}', 'accuracy_high_entropy':
+             f'accuracy above {t:g}', 'accuracy_low_entropy': f'accuracy up to {t:g}'}
+    for part in [part for part in captions if rows[0][part]]:
+        columns = [heads.get(k, k) for k in rows[0][part]]
+        print(f'{captions[part]}\n\n| model | {" | ".join(columns)} |')
+        print('| :-- |' + ' --: |' * len(columns))
+        lines = [(row['model'], row[part], None) for row in rows]
+        lines += [(f'{g["name"]}: mean ± sd', *g[part].values()) for g in seed_means(groups)]
+        for name, means, sds in lines:
             cells = [name.replace('|', '/')]
             for k, v in means.items():
                 factor, digits = (1, 3) if k in ('entropy', 'sd_of_w') else (100, 2)
@@ -424,67 +423,31 @@ def print_tables(_, args, rows):
         print(flush=True)
 
 
-def write_json(path, args, rows):
+def write_json(path, args, rows, groups):
     keys = 'model', 'path', 'n', 'weights', 'accuracy', 'stderr', 'report', 'warnings'
-    seeds = [dict(name=label, models=[row['model'] for row in group],
-                  **{part: dict(zip(('mean', 'sd'), over_seeds(group, part)))
-                     for part in ('accuracy', 'report')})
-             for label, group in group_seeds(rows).items() if len(group) > 1]
-    content = dict(versions=args.versions, args=vars(args), seeds=seeds,
+    content = dict(versions=args.versions, args=vars(args), seeds=seed_means(groups),
                    models=[{k: row[k] for k in keys} for row in rows])
     with models.atomic_write(path) as f:  # JSON has no NaN: null
         json.dump(json.loads(json.dumps(content), parse_constant=lambda _: None), f, indent=1)
 
 
-def write_outcomes(path, args, rows):
-    arrays = {name: np.array([[outcome[name] for outcome in row['outcomes'].values()]
-                              for row in rows]) for name in MEASURES}
-    arrays = {name: a if a.dtype == bool else a.astype(np.float16) for name, a in arrays.items()}
+def write_outcomes(path, args, rows, groups):
+    arrays = {}
+    for name in MEASURES:
+        a = np.array([[outcome[name] for outcome in row['outcomes'].values()] for row in rows])
+        arrays[name] = a if name == 'correct' else a.astype(np.float16)
     with models.atomic_write(path, 'wb') as f:
         np.savez_compressed(f, models=args.names, columns=list(rows[0]['outcomes']),
                             labels=rows[0]['labels'].cpu(), **arrays)
 
 
 # ---------------------------------------------------------------- figures
-
-# Okabe and Ito's colours, which colour-blind readers can distinguish: a fixed one for each method
-COLOURS = {'at': '#0072B2', 'trades': '#D55E00', 'mart': '#009E73', 'gairat': '#CC79A7'}
-OTHER_COLOURS = '#E69F00', '#56B4E9', '#000000', '#B8A800'
-LINES, MARKERS = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))), 'os^DvP'
-STYLE = {'font.size': 7, 'legend.fontsize': 6, 'legend.frameon': False, 'axes.grid': True,
-         'axes.titlesize': 6, 'axes.axisbelow': True, 'grid.linewidth': 0.3, 'pdf.fonttype': 42,
-         'lines.markersize': 4.5, 'lines.linewidth': 1.1, 'text.parse_math': False}
-
-
-def styles(rows):
-    """[(label, rows, method, colour, line, marker)], the seeds of a model together.
-
-    The plain method has the first line and marker, then entropy weights, the control (tau = inf).
-    """
-    found, variants, others = [], set(), {}
-    for label, group in group_seeds(rows).items():
-        method = group[0]['about'].get('algorithm', label)
-        settings = group[0]['about'].get('args', {})
-        variant = bool(settings.get('entropy_weight')) + (settings.get('tau') == math.inf)
-        while (method, variant) in variants:
-            variant += 1
-        variants.add((method, variant))
-        colour = COLOURS.get(method) or OTHER_COLOURS[others.setdefault(method, len(others)) % 4]
-        found.append((label, group, method, colour, LINES[variant % 6], MARKERS[variant % 6]))
-    return found
-
-
-def log_path(row):
-    """Where training logs a run of this project."""
-    return os.path.join(os.path.dirname(row['path']), 'log.csv') if row['about'] else ''
-
-
 @contextlib.contextmanager
 def figure(path, panels=1, columns=1, height=2.5, **options):
     """The axes of a figure, one for each panel; saved as PNG and PDF at the end."""
     rows = math.ceil(panels / columns)
     with matplotlib.rc_context(STYLE):
-        fig = Figure(figsize=(3.5 * columns, height * rows), layout='constrained')
+        fig = matplotlib.figure.Figure((3.5 * columns, height * rows), layout='constrained')
         axes = fig.subplots(rows, columns, squeeze=False, **options).flat
         yield axes[:panels]
         if not axes[0].get_legend():
@@ -495,77 +458,84 @@ def figure(path, panels=1, columns=1, height=2.5, **options):
             fig.savefig(f'{path}.{kind}', dpi=200)
 
 
-def plot_entropy_histogram(path, args, rows):
+def plot_entropy_histogram(path, args, rows, groups):
     """Figures 2 and 4b: entropies of the PGD-20 examples; a panel for each method."""
     edges = np.linspace(0, math.log(len(args.classes)), 31)
-    methods = list(dict.fromkeys(method for _, _, method, *_ in styles(rows)))
+    methods = list(dict.fromkeys(group.method for group in groups))
     with figure(path, len(methods), min(2, len(methods)), sharey=True) as axes:
-        for label, group, method, colour, line, _ in styles(rows):
-            h, ax = [r['outcomes']['pgd20']['entropy'] for r in group], axes[methods.index(method)]
-            share = 100 * np.histogram(np.clip(h, 0, edges[-1]), edges)[0] / np.size(h)
-            ax.stairs(share, edges, label=label, color=colour, linestyle=line)
+        for group in groups:
+            ax = axes[methods.index(group.method)]
+            h = np.clip([row['outcomes']['pgd20']['entropy'] for row in group.rows], 0, edges[-1])
+            ax.stairs(100 * np.histogram(h, edges)[0] / h.size, edges, label=group.label,
+                      color=group.colour, linestyle=group.line)
             ax.axvline(args.entropy_threshold, color='0.5', linewidth=0.6)
-            ax.set(xlabel='entropy on PGD-20 examples (nats)', ylabel='share of examples (%)')
+            ax.set(xlabel='entropy on PGD-20 examples (nats)')
             ax.legend()
+        for ax in axes[::2]:  # the left ones
+            ax.set(ylabel='share of examples (%)')
 
 
-def plot_entropy_vs_robustness(path, args, rows):
+def plot_entropy_vs_robustness(path, args, rows, groups):
     """Figure 4a: the share of high-entropy examples and the accuracy in the worst case."""
     attack = 'worst' if 'worst' in rows[0]['accuracy'] else 'pgd20'
     with figure(path) as (ax,):
-        for label, group, _, colour, _, marker in styles(rows):
+        for group in groups:
             points = 100 * np.array([(row['report']['high_entropy'], row['accuracy'][attack])
-                                     for row in group])
+                                     for row in group.rows])
             xerr, yerr = points.std(0, ddof=1) if len(points) > 1 else (None, None)
-            ax.errorbar(*points.mean(0), yerr, xerr, marker, elinewidth=0.6, color=colour,
-                        fillstyle='full' if marker == 'o' else 'none', label=label)
+            ax.errorbar(*points.mean(0), yerr, xerr, group.marker, color=group.colour,
+                        fillstyle='full' if group.marker == 'o' else 'none', elinewidth=0.6,
+                        label=group.label)
         ax.set(xlabel=f'PGD-20 examples with entropy above {args.entropy_threshold:g} nats (%)',
-               ylabel=f'accuracy (%), {attack}')
+               ylabel=f'accuracy (%), {WRITTEN[attack]}')
 
 
-def plot_pgd_vs_worst(path, args, rows):
+def plot_pgd_vs_worst(path, args, rows, groups):
     """By how many points PGD-20 overestimates robustness; small marks: seeds, large: their mean."""
-    marks = {'pgd20': ('o', 'none'), 'worst': ('D', 'full'), 'autoattack': ('x', 'full')}
-    with figure(path, height=1 + 0.25 * len(group_seeds(rows))) as (ax,):
-        for i, (label, group, _, colour, line, _) in enumerate(styles(rows)):
-            seeds = {k: [100 * row['accuracy'][k] for row in group]
-                     for k in marks if k in rows[0]['accuracy']}
-            for k, values in seeds.items():
-                for x, size in ((values, 2), ([np.mean(values)], 5)):
-                    ax.plot(x, [i] * len(x), marks[k][0], fillstyle=marks[k][1], color=colour,
-                            markersize=size, label=k if i == 0 and size == 5 else '')
-            ends = np.mean(seeds['worst']), np.mean(seeds['pgd20'])
-            ax.plot(ends, [i, i], color=colour, linestyle=line)
+    marks = {'pgd20': 'o', 'worst': 'D', 'autoattack': 'x'}
+    with figure(path, height=1 + 0.25 * len(groups)) as (ax,):
+        for i, group in enumerate(groups):
+            mean = {}
+            for attack in [k for k in marks if k in rows[0]['accuracy']]:
+                seeds = [100 * row['accuracy'][attack] for row in group.rows]
+                mean[attack] = np.mean(seeds)
+                look = dict(color=group.colour, fillstyle='none' if attack == 'pgd20' else 'full')
+                ax.plot(seeds, [i] * len(seeds), marks[attack], markersize=2, **look)
+                ax.plot(mean[attack], i, marks[attack], **look)
+            ends = mean['worst'], mean['pgd20']
+            ax.plot(ends, [i, i], color=group.colour, linestyle=group.line)
             ax.annotate(f'{ends[1] - ends[0]:.1f}', (ends[0], i), (4, 3), fontsize=6,
                         textcoords='offset points')
-        ax.set_yticks(range(i + 1), group_seeds(rows))
-        ax.set(xlabel='robust accuracy (%)', ylim=(i + 0.5, -0.7))
+        for attack in mean:
+            ax.plot([], [], marks[attack], color='0.2', label=WRITTEN.get(attack, attack),
+                    fillstyle='none' if attack == 'pgd20' else 'full')
+        ax.set_yticks(range(len(groups)), [group.label for group in groups])
+        ax.set(xlabel='robust accuracy (%)', ylim=(len(groups) - 0.5, -0.7))
 
 
-def plot_training_curves(path, args, rows):
+def plot_training_curves(path, args, rows, groups):
     """Clean and PGD-10 accuracy and entropy by epoch, from log.csv; a line for each seed."""
     with figure(path, 3, height=1.5, sharex=True) as axes:
-        for label, group, _, colour, line, _ in styles(rows):
-            for row in [row for row in group if os.path.exists(log_path(row))]:
-                log = np.genfromtxt(log_path(row), delimiter=',', names=True)
+        for group in groups:
+            for row in [row for row in group.rows if row['log']]:
+                log = np.genfromtxt(row['log'], delimiter=',', names=True)
                 for ax, column in zip(axes, ('clean', 'pgd10', 'entropy')):
-                    ax.plot(log['epoch'], log[column], color=colour, linestyle=line, marker='.',
-                            markersize=2, label=label if row is group[0] else '')
-                    ax.set(ylabel=column, xlabel='epoch' if ax is axes[2] else '')
+                    ax.plot(log['epoch'], log[column], '.', markersize=2, color=group.colour,
+                            linestyle=group.line, label=group.label * (row is group.rows[0]))
+                    ax.set(ylabel=WRITTEN[column])
+        axes[2].set(xlabel='epoch')
+        axes[2].locator_params('x', integer=True)
 
 
-def plot_tsne(path, args, rows):
-    """Figure 3: t-SNE of the input of the last linear layer on PGD-20 examples of two classes.
-
-    A panel for each model, of several seeds the first.
-    """
+def plot_tsne(path, args, rows, groups):
+    """Figure 3: t-SNE of the last layer's input on PGD-20 examples of two classes; first seeds."""
     from sklearn.manifold import TSNE  # slow to import
     images, labels = rows[0]['images'], rows[0]['labels']
     index = torch.cat([(labels == k).nonzero()[:500, 0] for k in (0, 1)])  # t-SNE is slow
     y = labels[index].cpu().numpy()
-    with figure(path, len(group_seeds(rows)), min(2, len(group_seeds(rows)))) as axes:
-        for ax, (label, group) in zip(axes, group_seeds(rows).items()):
-            model, inputs = group[0]['network'], []
+    with figure(path, len(groups), min(2, len(groups))) as axes:
+        for ax, group in zip(axes, groups):
+            model, inputs = group.rows[0]['network'], []
             layer = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
             for batch in index.split(args.batch_size):
                 x_adv = run_attack('pgd20', model, to_input(model, images[batch]), labels[batch],
@@ -577,11 +547,10 @@ def plot_tsne(path, args, rows):
             points = tsne.fit_transform(np.concatenate(inputs))
             for k, marker, colour in zip((0, 1), 'o^', COLOURS.values()):
                 ax.scatter(*points[y == k].T, s=5, c=colour, marker=marker, label=args.classes[k])
-            ax.set(title=label, xticks=[], yticks=[])
+            ax.set(title=group.label, xticks=[], yticks=[])
 
 
 # ---------------------------------------------------------------- the command
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(usage='%(prog)s --model-path PATH [PATH ...] [options]',
                                      allow_abbrev=False, description=__doc__,
@@ -590,14 +559,14 @@ def parse_args(argv=None):
         2, f'{parser.prog}: error: {" ".join(str(message).split())}\n')
     add = parser.add_argument
     add('--model-path', nargs='+', required=True, metavar='PATH',
-        help='checkpoints; of run directories, best.pt')
+        help='checkpoints, or run directories, whose best.pt is used')
     add('--names', nargs='+', help='of the models (default: from the paths); those that differ '
         'only in seedN are averaged as well')
     add('--arch', help='see models.py; your own FILE.py:NAME (default: read off the weights)')
     add('--normalize', type=models.parse_normalization, metavar='N', help='none, cifar10, cifar100 '
         'or MEAN/STD: how training images were normalized outside the network (default: none)')
     add('--dataset', help=f"{', '.join(data.PROTOCOLS)} or FILE.npz (default: the checkpoint's)")
-    add('--data-dir', default='./data', help='downloaded to if missing (default: %(default)s)')
+    add('--data-dir', default='./data', help='folder of the data sets (default: %(default)s)')
     add('--split', choices=['test', 'train'], default='test', help='(default: test)')
     add('--n-examples', type=int, metavar='N', help='only the first N images (default: all)')
     add('--attacks', nargs='+', choices=['clean', *STEPS, 'autoattack', *AUTOATTACK], metavar='A',
@@ -612,16 +581,20 @@ def parse_args(argv=None):
     add('--no-cuda', action='store_true', help='evaluate on the CPU')
     add('--entropy-threshold', type=float, default=1.5, metavar='T',
         help='entropies above it count as high, in nats (default: 1.5)')
-    add('--figures', metavar='DIR', help='write figures there, PNG and PDF')
+    add('--figures', metavar='DIR', help='write figures to DIR, as PNG and PDF')
     add('--json', metavar='FILE', help='write numbers, standard errors, settings, versions there')
-    add('--save-outcomes', metavar='FILE.npz', help='write there what happened to each example: '
-        'models (M,), columns (C,), labels (N,), and (M, C, N): correct, and as float16 the '
-        "prediction's entropy, margin, p_wrong = 1 - p_y, and kappa, the number of PGD iterates "
-        'that are still classified correctly; NaN where an example was not attacked')
+    add('--save-outcomes', metavar='FILE.npz', help='write the outcome of each example: '
+        'models (M,), columns (C,), labels (N,), and (M, C, N): correct, and as float16 entropy, '
+        'margin, p_wrong = 1 - p_y and kappa, the number of PGD iterates that are still classified '
+        'correctly; NaN where an example was not attacked')
     args = parser.parse_args(argv)
     args.model_path = list(dict.fromkeys(
         os.path.join(p, 'best.pt') if os.path.isdir(p) else p for p in args.model_path))
-    args.names = args.names or row_names(args.model_path)
+    if not args.names:  # run for run/best.pt, run/file for others, and the path where two agree
+        names = ['/'.join(os.path.splitext(os.path.abspath(p))[0].split(os.sep)[-2:])
+                 .removesuffix('/best') for p in args.model_path]
+        args.names = [name if names.count(name) == 1 else path
+                      for name, path in zip(names, args.model_path)]
     if not len(set(args.names)) == len(args.names) == len(args.model_path):
         parser.error(f'give {len(args.model_path)} different --names, one for each model')
     counts = args.restarts, args.batch_size, 1 if args.n_examples is None else args.n_examples
@@ -634,15 +607,13 @@ def parse_args(argv=None):
 
 
 def prepare(args, device):
-    """The models' rows with networks, images and labels; completes args.
+    """The models' rows, without the numbers that attacks give; completes args.
 
     Raises ValueError or OSError with one line for whatever the user may have to correct.
     """
-    about = []
-    for content in map(models.load, args.model_path):
-        ours = 'algorithm' in content
-        about.append({k: content.get(k) for k in ('algorithm', 'args', 'dataset')} if ours else {})
-    found = {args.dataset or saved.get('dataset', '') for saved in about}
+    about = [{k: content.get(k) for k in ('algorithm', 'args', 'dataset') if 'algorithm' in content}
+             for content in map(models.load, args.model_path)]  # empty for files of other projects
+    found = {args.dataset or saved.get('dataset') for saved in about}
     args.dataset = found.pop()
     if found or not args.dataset:
         raise ValueError(f'give one --dataset for all: {", ".join(data.PROTOCOLS)} or FILE.npz')
@@ -655,66 +626,75 @@ def prepare(args, device):
                          'apgd-ce, fab-t and square work')
     for path in filter(None, (args.json, args.save_outcomes, args.figures and f'{args.figures}/')):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    images, labels = (tensor.to(device) for tensor in data.load_data(
-        args.dataset, args.data_dir, args.split == 'train', args.n_examples))
+    images, labels = data.load_data(args.dataset, args.data_dir, args.split == 'train',
+                                    args.n_examples)
+    checksum, images, labels = data.checksum(images, labels), images.to(device), labels.to(device)
     rows = []
     for name, path, saved in zip(args.names, args.model_path, about):
         model = models.load_model(path, args.arch, num_classes, args.normalize)
+        weights = data.checksum(*(v.contiguous() for v in model.state_dict().values()))
         model.to(device, memory_format=getattr(model, 'memory_format', torch.contiguous_format))
+        x, y = to_input(model, images[:args.batch_size]), labels[:args.batch_size]
         try:
-            inspect_model(model, to_input(model, images[:2]), labels[:2], num_classes)
+            clean, warnings, fingerprint = inspect_model(model, x, y, num_classes)
         except Exception as error:  # a user's own network may raise anything
             raise ValueError(f'{path}: the network does not take images {tuple(images.shape[1:])} '
                              f'of {args.dataset}: {error}') from None
-        rows.append(dict(model=name, path=path, about=saved, network=model, images=images,
-                         labels=labels))
+        if clean < LOW_CLEAN.get(args.dataset, 0.3) and not saved:
+            warnings.append(f'only {clean:.1%} of the first {len(y)} images are classified '
+                            'correctly; perhaps the network needs --normalize, another --dataset '
+                            'or --arch preactresnet18-raw')
+        log = os.path.join(os.path.dirname(path), 'log.csv')  # of a run by this project
+        rows.append(dict(
+            model=name, path=path, about=saved, network=model, images=images, labels=labels,
+            n=len(labels), weights=weights, fingerprint=fingerprint, data=checksum,
+            warnings=warnings, log=log if saved and os.path.exists(log) else None))
     return rows
 
 
 def main(argv=None):
-    for stream in ('stdout', 'stderr'):
-        if getattr(sys, stream) is None:  # closed, as by >&-
-            setattr(sys, stream, open(os.devnull, 'w'))
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # None if closed, as by >&-
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
     parser, args = parse_args(argv)
-    rank, local_rank = (int(os.environ.get(k, 0)) for k in ('RANK', 'LOCAL_RANK'))
-    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     cuda = torch.cuda.is_available() and not args.no_cuda
-    device = torch.device('cuda', local_rank) if cuda else torch.device('cpu')
+    device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
     try:
         args.versions = dict(torch=str(torch.__version__), pyautoattack=pyautoattack.__version__,
                              device=torch.cuda.get_device_name(device) if cuda else 'CPU',
                              attacks=VERSION)
         if cuda:
             torch.cuda.set_device(device)
-        if several:  # one batch may take long on a CPU
+        if world_size > 1:  # one batch may take long on a CPU
             dist.init_process_group('gloo', timeout=timedelta(days=30))
-        if rank:
+        if rank > 0:
             dist.barrier()  # the first process downloads what is missing
         rows = prepare(args, device)
-        if several and rank == 0:
+        if rank == 0 and world_size > 1:
             dist.barrier()
     except (OSError, ValueError, RuntimeError) as error:
         parser.error(error)
     for row in rows:
         evaluate_row(args, row, rank)
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     outputs = {'the table': print_tables, args.json: write_json, args.save_outcomes: write_outcomes}
     if args.figures:
         plots = [plot_entropy_histogram, plot_entropy_vs_robustness, plot_tsne]
         plots += [plot_pgd_vs_worst] if 'worst' in rows[0]['accuracy'] else []
-        plots += [plot_training_curves] if any(map(os.path.exists, map(log_path, rows))) else []
+        plots += [plot_training_curves] if any(row['log'] for row in rows) else []
         outputs |= {f'{args.figures}/{plot.__name__.removeprefix("plot_")}': plot for plot in plots}
-    failed = False
-    for path, write in outputs.items() if rank == 0 else []:
+    status = 0
+    for path in filter(None, outputs):
         try:
-            if path:
-                write(path, args, rows)
+            outputs[path](path, args, rows, group_seeds(rows))
         except Exception as error:  # the numbers took long: write whatever can be written
             reason = getattr(error, 'strerror', None) or f'{type(error).__name__}: {error}'
             print(f'Cannot write {path}: {reason}', file=sys.stderr)
-            failed = True
-    if several:
-        dist.destroy_process_group()
-    sys.exit(int(failed))
+            status = 1
+    sys.exit(status)
 
 
 if __name__ == '__main__':

@@ -239,7 +239,7 @@ def test_weights_of_large_batches_in_half_precision(name, size, dtype, tolerance
 
 @every_script
 @pytest.mark.parametrize('tau', [0, -1.0, -math.inf, math.nan])
-def test_a_temperature_that_is_not_above_0_is_refused(name, tau):
+def test_tau_must_be_above_0(name, tau):
     with pytest.raises(ValueError, match=f'^tau must be above 0, not {tau}$'):
         SCRIPTS[name].entropy_weights(table()[0], tau)
     refuses('tau', name, *problem(), entropy_weight=True, tau=tau)
@@ -454,7 +454,7 @@ def test_random_start(name):
 
 
 @every_script
-def test_attack_leaves_no_trace_in_the_model(name):
+def test_attack_does_not_change_the_model(name):
     model, x, y = problem()
     model[0].bias.requires_grad_(False)
     before, kept = copy.deepcopy(model.state_dict()), x.clone()
@@ -466,7 +466,7 @@ def test_attack_leaves_no_trace_in_the_model(name):
 
 
 @every_script
-def test_loss_moves_bn_and_leaves_all_else(name):
+def test_loss_changes_only_batch_norm_statistics(name):
     model, x, y = problem()
     trained = copy.deepcopy(model)
     model[0].bias.requires_grad_(False)
@@ -638,7 +638,7 @@ def test_pasted_loss_needs_only_torch_and_what_stands_above_it(name):
 @pytest.mark.parametrize('name', NAMES[1:])
 @pytest.mark.parametrize('part', ['batch_mean', 'entropy_weights', 'check_input', 'check_logits',
                                   'the training program'])
-def test_scripts_share_what_they_should(name, part):
+def test_shared_code_is_identical_in_all_scripts(name, part):
     def lines_of(name):
         if part == 'the training program':
             return SOURCES[name][SOURCES[name].index(DIVIDER):].splitlines()

@@ -29,8 +29,8 @@ def entropy_weights(logits, tau=1.0):
     """w (B,): the entropy of each example divided by the batch mean (Eq. 1-2); no gradient, mean 1.
 
     logits: (B, K) of the adversarial examples; -inf excludes a class. tau > 0 divides the logits
-    inside the entropy; tau = inf gives w = 1. If torch.distributed runs, every process must call
-    this, because the mean is taken over all of them. Raises ValueError unless tau > 0.
+    inside the entropy; tau = inf gives w = 1. If torch.distributed is in use, every process
+    must call this, because the mean is taken over all processes. Raises ValueError unless tau > 0.
     """
     if not tau > 0:
         raise ValueError(f'tau must be above 0, not {tau}')
@@ -44,7 +44,7 @@ def entropy_weights(logits, tau=1.0):
 
 
 def check_input(x, step_size, epsilon):
-    """Raise ValueError if x or the lengths are not in [0, 1]."""
+    """Raise ValueError unless x, step_size and epsilon are in [0, 1]."""
     if not ((x >= -1e-3) & (x <= 1.001)).all():
         raise ValueError('x_natural is not in [0, 1]: normalize inside the model, not before')
     if not (0 <= epsilon <= 1 and 0 <= step_size <= 1):
@@ -87,7 +87,8 @@ def at_loss(model, x_natural, y, optimizer, step_size=2/255, epsilon=8/255, pert
     x_natural: images (B, C, H, W) in [0, 1], like step_size and epsilon; y: labels (B,) or
     probabilities (B, K). optimizer: only used for zero_grad() before the loss; may be None. adv:
     the result of attack(), if it was called before. reduction: 'mean' or 'sum' over the batch.
-    Leaves the model in train mode. Raises ValueError for other input, and without logits (B, K).
+    Leaves the model in train mode. Raises ValueError if the input is invalid or the model does not
+    return logits (B, K).
     """
     if adv is None:
         check_input(x_natural, step_size, epsilon)
@@ -133,51 +134,52 @@ import models
 
 
 def parse_args(argv):
-    """The parser, the flags, and the content of the last.pt that --resume names, or {}."""
+    """Return the parser, the flags, and the content of last.pt if --resume is given, else {}."""
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n\n')[0], usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=data.HelpFormatter, epilog='Add --dataset NAME to see the defaults for it.')
     add = parser.add_argument
     add_algorithm_args(parser)
-    add('--entropy-weight', action='store_true', help='EWAT: coefficients of x_adv get + w')
+    add('--entropy-weight', action='store_true', help='EWAT: add w to the coefficients on x_adv')
     add('--tau', type=float, default=1.0, help='temperature of the entropy; inf: control, w = 1')
     add('--epsilon', type=data.pixels, metavar='E', help='L-infinity radius')
-    add('--step-size', type=data.pixels, metavar='S', help='of the attack')
-    add('--num-steps', type=int, metavar='N', help='of the attack')
+    add('--step-size', type=data.pixels, metavar='S', help='step size of the attack')
+    add('--num-steps', type=int, metavar='N', help='number of attack steps')
     add('--dataset', default='cifar10', help='cifar10, cifar100, mnist, digits or FILE.npz')
-    add('--data-dir', default='./data', help='a missing data set is downloaded to it')
+    add('--data-dir', default='./data', help='missing data sets are downloaded here')
     add('--train-size', type=int, metavar='N', help='use only the first N training images')
     add('--test-size', type=int, metavar='N', help='use only the first N test images')
     add('--val-size', type=int, default=0, metavar='N',
         help='select best.pt on N held-out training images instead of the test images')
-    add('--augment', choices=['none', 'crop', 'crop-flip'], help='of the training images')
-    add('--extra-data', metavar='FILE.npz', help='more images: image uint8 (N, H, W, C), label')
-    add('--extra-fraction', type=float, default=0.7, metavar='F', help='their share of a batch')
+    add('--augment', choices=['none', 'crop', 'crop-flip'], help='data augmentation')
+    add('--extra-data', metavar='FILE.npz', help='extra images: image uint8 (N, H, W, C), label')
+    add('--extra-fraction', type=float, default=0.7, metavar='F', help='share of extra images')
     add('--arch', help=models.ARCHS)
     add('--init-from', metavar='FILE', help='start from the weights in this checkpoint')
     add('--epochs', type=int, metavar='N', help='passes over the training images')
     add('--batch-size', type=int, metavar='N', help='total over all processes')
     add('--lr', type=float, help='learning rate')
     add('--lr-schedule', choices=['multistep', 'cosine', 'onecycle'], default='multistep',
-        help='of the learning rate')
+        help='learning-rate schedule')
     add('--lr-milestones', type=int, nargs='*', metavar='EPOCH', help='multistep: epochs after '
-        'which lr is divided by 10; if not given, they keep their share of --epochs')
-    add('--momentum', type=float, default=0.9, metavar='M', help='of SGD')
-    add('--weight-decay', '--wd', type=float, metavar='WD', help='of SGD')
+        'which lr is divided by 10; if not given, they scale with --epochs')
+    add('--momentum', type=float, default=0.9, metavar='M', help='momentum of SGD')
+    add('--weight-decay', '--wd', type=float, metavar='WD', help='weight decay of SGD')
     add('--awp-gamma', type=float, default=0.0, metavar='G',
         help='adversarial weight perturbation, e.g. 0.005 for TRADES and 0.01 for AT')
-    add('--awp-warmup', type=int, default=10, metavar='N', help='epochs before it starts')
+    add('--awp-warmup', type=int, default=10, metavar='N', help='epochs without AWP at first')
     add('--ema', type=float, metavar='DECAY',
         help='average the weights, e.g. 0.995, and select best.pt by their average')
     add('--amp', action=argparse.BooleanOptionalAction,
         help='run the network in bfloat16 (default: if the GPU supports it)')
     add('--compile', nargs='?', const='default', help='torch.compile the network', choices=[
         'default', 'reduce-overhead', 'max-autotune'])
-    add('--seed', type=int, default=1, help='of all random numbers')
+    add('--seed', type=int, default=1, help='seed of all random numbers')
     add('--model-dir', metavar='DIR', help='must not contain a run (default: in runs/, named after '
         'all flags that change the result)')
     add('--resume', metavar='DIR', help='continue the run in this directory')
-    add('--save-every-minutes', type=float, default=15, metavar='M', help='also inside an epoch')
+    add('--save-every-minutes', type=float, default=15, metavar='M',
+        help='minutes between saves, also within an epoch')
     add('--save-freq', type=int, default=0, metavar='N', help='keep every Nth epoch as epoch-E.pt')
     add('--no-cuda', action='store_true', help='train on the CPU')
 
@@ -208,7 +210,7 @@ def parse_args(argv):
             (args.tau > 0 and args.lr > 0, '--tau and --lr must be above 0'),
             (milestones == sorted({n for n in milestones if n > 0}), '--lr-milestones must rise'),
             (args.ema is None or 0 < args.ema < 1, '--ema must lie between 0 and 1'),
-            ((vars(args).get('begin_epoch') or 0) <= args.epochs, '--begin-epoch is past the end'),
+            ((vars(args).get('begin_epoch') or 0) <= args.epochs, '--begin-epoch exceeds --epochs'),
             (not args.extra_data or 0.5 < num_extra < args.batch_size - 0.5,
              '--extra-fraction must leave room for both kinds of images in a batch'),
             (not saved or ':' not in args.arch or '--arch' in given,
@@ -223,7 +225,7 @@ def parse_args(argv):
 
 
 def learning_rate(args, epochs_done):
-    """After a number of epochs that need not be whole."""
+    """The learning rate after epochs_done epochs, which may be fractional."""
     progress = epochs_done / args.epochs
     if args.lr_schedule == 'cosine':
         return args.lr * (1 + math.cos(math.pi * progress)) / 2
@@ -239,7 +241,7 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
 
 
 def backward(model, loss, batch_size):
-    """Gradients of the mean over the whole batch from a share's summed loss; returns the sum."""
+    """Backpropagate the mean over the whole batch; loss: this process's sum. Returns the total."""
     (loss / batch_size).backward()
     if dist.is_initialized():  # one message for all gradients
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -250,8 +252,8 @@ def backward(model, loss, batch_size):
 
 
 def test(model, images, labels, args, layout, rank, world):
-    """Accuracy on clean and PGD-10 examples (steps of epsilon / 4), and of the latter's entropy the
-    mean in nats, the share above 1.5, and the standard deviation of w = entropy / mean."""
+    """Accuracy on clean and PGD-10 examples (steps of epsilon / 4); and on the latter the mean
+    entropy in nats, the share above 1.5, and the standard deviation of w = entropy / mean."""
     model.eval()
     sums, size = torch.zeros(5, dtype=torch.float64, device=images.device), 512
     for i in range(rank * size, len(images), world * size):
@@ -289,7 +291,7 @@ def main(argv=None):
 
     def say(text):
         if rank == 0:
-            with contextlib.suppress(OSError):  # nobody reads, or the disk is full
+            with contextlib.suppress(OSError):  # stdout is closed, or the disk is full
                 print(text, flush=True)
 
     try:
@@ -340,7 +342,7 @@ def main(argv=None):
                        - {'args', 'command', 'resume', 'model_dir'} if before[k] != now[k]}
             if 'images' in changed and not changed.keys() & {
                     'dataset', 'extra_data', 'train_size', 'test_size', 'val_size'}:
-                raise ValueError('the images are not those with which this run began')
+                raise ValueError('the images have changed since this run began')
             models.load_weights(model, saved['state_dict'], args.arch)
             if ema:
                 models.load_weights(ema, saved['ema_state_dict'] or saved['state_dict'], args.arch)
@@ -348,7 +350,7 @@ def main(argv=None):
             epoch, step, log = saved['epoch'], saved['step'], saved['log']
             total.fill_(saved['total'])
             began -= saved['seconds']
-            state = 'continues' if epoch < args.epochs else 'is finished (more --epochs continue it)'
+            state = 'continues' if epoch < args.epochs else 'is finished (raise --epochs for more)'
             say('; '.join([f'{args.resume} {state}: {epoch} epochs and {step} steps are done',
                            *changed.values()]))
 
@@ -387,7 +389,7 @@ def main(argv=None):
             unsaved.update(copy.deepcopy(unsaved))  # the weights in it will change
             say(f'Warning: cannot save in {args.model_dir} ({error.strerror}); training continues')
 
-    # Ctrl-C, kill and a cluster's time limit end the run after the step, saved
+    # on Ctrl-C, kill or a cluster's time limit, the run saves and ends after the current step
     stop = torch.zeros((), dtype=torch.int)
 
     def ask_to_stop(number, _):
@@ -418,7 +420,8 @@ def main(argv=None):
         for step in bar:
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate(args, epoch + (step + 0.5) / num_steps)
-            # Each process draws for the whole batch and takes its share: the same for any number
+            # Each process draws for the whole batch and takes its share, so that the number of
+            # processes does not change the result
             data.seed(args.seed, epoch, step)
             x, y = images[batches[step]], labels[batches[step]]
             if num_extra:
@@ -459,7 +462,7 @@ def main(argv=None):
                 loss = total.item() / min(step * args.batch_size, num_images)
                 if not (math.isfinite(loss) and all(p.isfinite().all() for p in weights)):
                     sys.exit(f'the loss or a weight is not finite by step {step} of epoch '
-                             f'{epoch + 1}; last.pt is from before. Try a lower --lr')
+                             f'{epoch + 1}; last.pt holds an earlier step. Try a lower --lr')
                 bar.set_postfix(loss=f'{loss:.3f}')
                 if bar.disable and not last:
                     say(f'epoch {epoch + 1}, step {step}/{num_steps}: loss {loss:.3f}')

@@ -20,9 +20,12 @@ HERE = Path(__file__).parent
 METHODS = 'AT', 'TRADES', 'MART', 'GAIRAT'
 COLOURS = dict(zip(METHODS, ('#0072B2', '#D55E00', '#009E73', '#CC79A7')))
 PAPER_GAIN = 0.4  # points, the paper's smallest gain on CIFAR-10: less counts as no difference
-MEASURES = {'entropy of f(x)': ('clean', 'entropy'), '1 - p_y(x)': ('clean', 'p_wrong'),
-            'margin of f(x)': ('clean', 'margin'), 'entropy of f(x_adv)': ('pgd20', 'entropy'),
-            'margin of f(x_adv)': ('pgd20', 'margin'), 'kappa': ('pgd20', 'kappa')}
+MEASURES = {  # column, measure, the examples among which it is judged: correct under that column
+    'entropy of f(x)': ('clean', 'entropy', 'clean'), '1 - p_y(x)': ('clean', 'p_wrong', 'clean'),
+    'margin of f(x)': ('clean', 'margin', 'clean'), 'kappa': ('pgd20', 'kappa', 'clean'),
+    'entropy of f(x_adv)': ('pgd20', 'entropy', 'clean'),
+    'entropy of f(x_adv), survivors': ('pgd20', 'entropy', 'pgd20'),
+    'margin of f(x_adv), survivors': ('pgd20', 'margin', 'pgd20')}
 plt.rcParams.update({'font.size': 7, 'legend.fontsize': 6, 'legend.frameon': False,
                      'axes.grid': True, 'grid.linewidth': 0.3, 'pdf.fonttype': 42})
 
@@ -123,23 +126,31 @@ def dose_response(runs):
 def premise(runs):
     """AUC: how well a measure of an example predicts that it withstands the worst case.
 
-    Measures on x among the examples that are classified correctly, measures on the attacked example
-    among those that withstand PGD-20: among all, the margin would be right by construction.
+    Judged among the examples that are classified correctly or, for survivors, among those that
+    withstand PGD-20: among all, the margin on x_adv would be right by construction.
     """
     rows = []
     for (experiment, method, seed), run in runs.items():
         if method in METHODS and ('clean', 'entropy') in run and seed == 1:
             aucs = []
-            for column, measure in MEASURES.values():
-                chosen = run['clean' if column == 'clean' else 'pgd20', 'correct'] == 1
-                value = run[column, measure] * (1 if measure in ('margin', 'kappa') else -1)
-                few = len(set(run['worst'][chosen])) < 2 or len(set(value[chosen])) < 2
-                aucs.append(np.nan if few else roc_auc_score(run['worst'][chosen], value[chosen]))
+            for column, measure, among in MEASURES.values():
+                chosen = run[among, 'correct'] == 1
+                sign = 1 if measure in ('margin', 'kappa') else -1
+                value = sign * run[column, measure][chosen]
+                aucs.append(roc_auc_score(run['worst'][chosen], value))
             rows.append((experiment, method, *aucs))
     print('AUC: how well each measure predicts that an example withstands the worst case\n')
     table(['experiment', 'method', *MEASURES], [
-        (e, m, *('-' if np.isnan(a) else f'{a:.2f}' for a in aucs)) for e, m, *aucs in rows])
-    return rows
+        (e, m, *(f'{a:.2f}' for a in aucs)) for e, m, *aucs in rows])
+    fig, ax = plt.subplots(figsize=(3.5, 2.2), layout='constrained')
+    for e, method, *aucs in rows:
+        if e == 'cifar10':
+            ax.plot(aucs, range(len(aucs)), 'o', fillstyle='none', markersize=4, label=method,
+                    color=COLOURS[method])
+    ax.set_yticks(range(len(MEASURES)), MEASURES)
+    ax.set(xlabel='AUC', xlim=(0.5, 1), ylim=(len(MEASURES) - 0.5, -0.5))
+    ax.legend()
+    save(fig, 'cifar10/auc')
 
 
 def forest(rows):
