@@ -252,6 +252,11 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
     return value
 
 
+def require_grad(weights, wanted):
+    for p in weights:
+        p.requires_grad_(wanted)
+
+
 def backward(model, loss, batch_size):
     """Backpropagate the mean over the whole batch; loss: this process's sum. Returns the total."""
     (loss / batch_size).backward()
@@ -444,11 +449,9 @@ def main(argv=None):
             x, x_start, y = (t.tensor_split(world)[rank] for t in (x, x_start, y))
             data.seed(args.seed, epoch, step, 1 + rank)  # dropout
 
-            for p in weights:  # the attack needs gradients of its input alone
-                p.requires_grad_(False)
+            require_grad(weights, False)  # the attack needs gradients of its input only
             adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
-            for p in weights:
-                p.requires_grad_(True)
+            require_grad(weights, True)
 
             loss_args = dict(model=model, x_natural=x, y=y, optimizer=optimizer, adv=adv,
                              perturb_steps=args.num_steps, entropy_weight=args.entropy_weight,
@@ -488,12 +491,14 @@ def main(argv=None):
 
         num_done = num_images - min(first * args.batch_size, num_images)
         images_per_s = num_done / (time.monotonic() - epoch_began)
+        require_grad(weights, False)
         row = {'epoch': epoch + 1, 'lr': learning_rate(args, epoch + (step - 0.5) / num_steps),
                'loss': total.item() / num_images,
                **test(model, *held_out, args, layout, rank, world)}
         if ema:
             result = test(ema, *held_out, args, layout, rank, world)
             row |= {f'ema_{name}': value for name, value in result.items()}
+        require_grad(weights, True)
         log.append(row | {'images_per_s': images_per_s, 'seconds': time.monotonic() - began})
         epoch, step = epoch + 1, 0
         total.zero_()
