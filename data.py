@@ -3,7 +3,7 @@
     images, labels = load_data('cifar10', train=True)     # uint8 (N, C, H, W), int64 (N,)
     x = to_float(augment(images[:128], 'crop-flip'))      # float32 in [0, 1]
 
-Your own data is an .npz; from folders of images, one for each class:
+Your own data must be an .npz file. To make one from folders of images, one folder per class:
 
     import numpy as np, torchvision
     train, test = (torchvision.datasets.ImageFolder(folder) for folder in ('train', 'test'))
@@ -41,10 +41,8 @@ MNIST_MD5 = {'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb',
 
 
 def protocol(dataset, epochs=None):
-    """Training defaults for a data set; your own FILE.npz gets CIFAR's, without flips.
-
-    With another number of epochs, the milestones keep their share of the run.
-    """
+    """Training defaults for a data set; your own FILE.npz gets CIFAR's, without flips. With another
+    number of epochs, the milestones keep their share of the run."""
     if dataset not in PROTOCOLS and not dataset.endswith('.npz'):
         raise ValueError(f"unknown --dataset '{dataset}': {', '.join(PROTOCOLS)} or FILE.npz")
     found = PROTOCOLS.get(dataset, CIFAR | {'augment': 'crop'})
@@ -59,21 +57,7 @@ def load_data(dataset, data_dir='./data', train=True, size=None):
     scikit-learn), or your own FILE.npz with {train,test}_images uint8 (N, H, W, C) and
     {train,test}_labels (N,). Raises ValueError or OSError with one line that names the file.
     """
-    protocol(dataset)
-    if dataset.endswith('.npz'):
-        images, labels = read_own(dataset)[0 if train else 1]
-    elif dataset == 'digits':  # 1,797 images of 8 x 8, upsampled; every fifth is a test image
-        from sklearn.datasets import load_digits
-        images, labels = load_digits(return_X_y=True)
-        images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-        images = F.interpolate(images, size=28, mode='bilinear', align_corners=False)
-        images, labels = (images * 255).round().to(torch.uint8), torch.tensor(labels)
-        chosen = (torch.arange(len(images)) % 5 != 0) == train
-        images, labels = images[chosen], labels[chosen]
-    else:
-        split = load_torchvision(dataset, data_dir, train)
-        images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
-        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    images, labels, _ = load_split(dataset, data_dir, train)
     if size is not None and size > len(images):
         split = 'training' if train else 'test'
         raise ValueError(f'{dataset} has {len(images)} {split} images, fewer than {size}')
@@ -82,16 +66,24 @@ def load_data(dataset, data_dir='./data', train=True, size=None):
 
 def class_names(dataset, data_dir='./data'):
     """The names of the classes, in the order of the labels."""
+    return load_split(dataset, data_dir, train=True)[2]
+
+
+def load_split(dataset, data_dir, train):
+    """Images, labels and the names of the classes. A missing file is downloaded."""
     if dataset.endswith('.npz'):
-        return read_own(dataset)[2]
-    cifar = dataset.startswith('cifar')
-    return load_torchvision(dataset, data_dir, True).classes if cifar else [*'0123456789']
-
-
-def load_torchvision(name, data_dir, train):
-    """A torchvision data set; what is missing is downloaded, and a damaged file is named."""
-    kind = getattr(datasets, name.upper())
-    if name == 'mnist':
+        return load_own(dataset, train)
+    if dataset == 'digits':  # 1,797 images of 8 x 8, upsampled; every fifth is a test image
+        from sklearn.datasets import load_digits
+        images, labels = load_digits(return_X_y=True)
+        images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+        images = F.interpolate(images, size=28, mode='bilinear', align_corners=False)
+        chosen = (torch.arange(len(images)) % 5 != 0) == train
+        images = (images * 255).round().to(torch.uint8)[chosen]
+        return images, torch.tensor(labels)[chosen], [*'0123456789']
+    protocol(dataset)  # refuses another name
+    kind = getattr(datasets, dataset.upper())
+    if dataset == 'mnist':
         folder, files = 'MNIST/raw', MNIST_MD5
     else:
         folder, files = kind.base_folder, dict(kind.train_list + kind.test_list)
@@ -104,21 +96,25 @@ def load_torchvision(name, data_dir, train):
         elif not check_integrity(path, md5):
             raise ValueError(f'{path} is damaged: delete it, and it will be downloaded again')
     try:
-        return kind(data_dir, train=train, download=bool(missing))
+        split = kind(data_dir, train=train, download=bool(missing))
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f'{missing[0]} is missing and could not be downloaded ({reason}); '
                                 '--dataset digits needs no download') from None
+    images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
+    if dataset == 'mnist':
+        return images[:, None], labels, [*'0123456789']
+    return images.permute(0, 3, 1, 2), labels, split.classes
 
 
 def load_npz(path, images, labels):
     """Images (N, H, W, C) and labels (N,) of an .npz as tensors (N, C, H, W) and (N,)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             x, y = file[images], file[labels]
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such file') from None
-    except Exception as error:  # whatever a damaged file makes of NumPy
+    except Exception as error:  # NumPy may raise anything for a damaged file
         raise ValueError(f'{path} is not an .npz with {images} and {labels}: {error}') from None
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or y.shape != (len(x),):
         raise ValueError(f'{path}: {images} must be uint8 (N, H, W, C) with 1 or 3 channels and '
@@ -130,20 +126,20 @@ def load_npz(path, images, labels):
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y).long()
 
 
-def read_own(path):
-    """Training split, test split and class names of your own .npz."""
-    train = load_npz(path, 'train_images', 'train_labels')
-    test = load_npz(path, 'test_images', 'test_labels')
-    num_classes = len(train[1].unique())
-    if num_classes < 2 or max(train[1].max(), test[1].max()) >= num_classes:
+def load_own(path, train):
+    """Images, labels and class names of a split of your own .npz; both splits are checked."""
+    images, labels = load_npz(path, 'train_images', 'train_labels')
+    test_images, test_labels = load_npz(path, 'test_images', 'test_labels')
+    num_classes = len(labels.unique())
+    if num_classes < 2 or max(labels.max(), test_labels.max()) >= num_classes:
         raise ValueError(f'{path}: labels must be 0 to K - 1, each with a training image, K >= 2')
-    if train[0].shape[1:] != test[0].shape[1:]:
+    if images.shape[1:] != test_images.shape[1:]:
         raise ValueError(f'{path}: training and test images differ in shape')
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(path) as file:
         names = [str(name) for name in file.get('class_names', range(num_classes))]
     if len(set(names)) != num_classes:
         raise ValueError(f'{path}: class_names must hold {num_classes} different names')
-    return train, test, names
+    return (images, labels, names) if train else (test_images, test_labels, names)
 
 
 def pixels(text):
@@ -158,9 +154,7 @@ def pixels(text):
 
 
 def pixels_text(value):
-    """8/255 as '8/255', 0.031 as '0.031', None as None."""
-    if value is None:
-        return None
+    """8/255 as '8/255', 0.031 as '0.031'."""
     return f'{value * 255:g}/255' if round(value * 255) / 255 == value else f'{value:g}'
 
 
@@ -168,9 +162,10 @@ class HelpFormatter(argparse.HelpFormatter):
     """Shows the default of a flag if it has one, lengths such as 8/255."""
 
     def _get_help_string(self, action):
-        value = pixels_text(action.default) if action.type is pixels else action.default
-        shown = 'default' not in action.help and value not in (None, False, argparse.SUPPRESS)
-        return f'{action.help} (default: {value})' if shown else action.help
+        value = action.default
+        if 'default' in action.help or value in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f'{action.help} (default: {pixels_text(value) if action.type is pixels else value})'
 
 
 def run_name(args, parser, algorithm):
@@ -180,9 +175,8 @@ def run_name(args, parser, algorithm):
     parts = [args.dataset, 'ew-' * args.entropy_weight + algorithm]
     for name, value in vars(args).items():
         if name not in left_out and value != parser.get_default(name):
-            text = value if isinstance(value, str) else str(value) * (value is not True)
-            joint = '-' * isinstance(value, str)
-            parts.append(text if name == 'arch' else name.replace('_', '-') + joint + text)
+            text = '' if value is True else f'-{value}' if isinstance(value, str) else f'{value}'
+            parts.append(value if name == 'arch' else name.replace('_', '-') + text)
     parts = [re.sub(r'\.(npz|pth?|py)\b', '', part) for part in [*parts, f'seed{args.seed}']]
     parts = ['-'.join(part.split('/')[-2:])[-80:] for part in parts]  # of a path the last two names
     return '-'.join(re.sub(r'[^\w.]+', '-', part).strip('-') for part in parts)
@@ -208,10 +202,8 @@ def split_validation(images, labels, size):
 
 
 def load_run(args):
-    """(images, labels) to train on, (images, labels) held out, extra ones or (), and K.
-
-    Held out are the last --val-size training images or, by default, the test images.
-    """
+    """(images, labels) to train on, (images, labels) held out, extra ones or (), and K. Held out
+    are the last --val-size training images or, by default, the test images."""
     num_classes = len(class_names(args.dataset, args.data_dir))
     own = load_data(args.dataset, args.data_dir, True, args.train_size)
     held_out = load_data(args.dataset, args.data_dir, False, args.test_size)
@@ -229,7 +221,7 @@ def draw(n, count, device=None):
 
 
 def checksum(*tensors):
-    """By which a resumed run notices that its images have changed."""
+    """CRC-32 of all tensors; a resumed run uses it to detect that its images have changed."""
     value = 0
     for tensor in tensors:
         value = zlib.crc32(tensor.numpy(), value)
@@ -247,10 +239,8 @@ def to_float(images, memory_format=torch.contiguous_format):
 
 
 def augment(images, how):
-    """'crop-flip', 'crop' or 'none': pad by 4 and crop, and mirror, each image by itself.
-
-    One gather for the whole batch, on the device of the images.
-    """
+    """'crop-flip', 'crop' or 'none': pad by 4 and crop, and mirror, each image by itself, in one
+    gather for the whole batch, on the device of the images."""
     if how == 'none':
         return images
     (n, _, height, width), device = images.shape, images.device

@@ -262,7 +262,7 @@ class PreActResNet18Swish(SwishNetwork):
 class SmallCNN(Network):
     """TRADES' MNIST network, for 28 x 28 images.
 
-    Its initialisation is part of it: with PyTorch's default it stays at chance for long.
+    The initialisation matters: with PyTorch's default, training stays at chance level for long.
     """
 
     def __init__(self, num_classes=10, in_channels=1):
@@ -326,7 +326,7 @@ def build_model(arch, num_classes=10, in_channels=3, final_bn=True):
 
 
 def own_network(arch, num_classes):
-    """What FILE.py:NAME returns, called with num_classes if it takes that."""
+    """The network that FILE.py:NAME returns, called with num_classes if it accepts that."""
     path, name = arch.rsplit(':', 1)
     try:
         sys.path.append(os.path.dirname(os.path.abspath(path)))  # for what it imports
@@ -368,9 +368,9 @@ def check_network(model, shape, num_classes):
 def accelerate(model, amp, mode=None, batch_sizes=()):
     """Run model.forward in bfloat16 (amp) and compiled (mode: a mode of torch.compile).
 
-    Logits stay float32 and the state_dict is unchanged. Only batches of batch_sizes run compiled:
-    each other size would be compiled anew. autocast is entered anew in each forward: its cache
-    would hide weights that AWP has moved.
+    Logits stay float32 and the state_dict is unchanged. Only batches of batch_sizes run compiled,
+    because any other size would be compiled again. Each forward pass enters autocast itself,
+    because a longer-lived cache would hide weights that AWP has changed.
     """
     eager = model.forward
     compiled = torch.compile(eager, mode=mode, dynamic=False) if mode else eager
@@ -424,7 +424,7 @@ def save(content, path):
 class Inert(dict):
     """Takes the place of every object in a checkpoint that is not a tensor or a plain container.
 
-    It is a dict, because such an object may be one that holds the weights.
+    It is a dict because the object that it replaces may be the one that holds the weights.
     """
     __hash__, dump_patches = object.__hash__, False  # torch's old format asks for the latter
 
@@ -451,7 +451,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def load(path):
-    """The content of a file by torch.save on the CPU, or of .safetensors; no code in it is run.
+    """The content of a torch.save or .safetensors file, on the CPU; no code in the file is run.
 
     A directory means its best.pt. Raises OSError or ValueError with one line that names the file.
     """
@@ -557,8 +557,9 @@ def load_weights(model, content, name):
 
 def start_from(model, path):
     """Load the weights of a checkpoint into a new network; OSError or ValueError with one line."""
+    content = load(path)
     try:
-        normalization = load_weights(model, load(path), 'the network')
+        normalization = load_weights(model, content, 'the network')
         if normalization and not hasattr(model, 'mean'):
             raise ValueError('holds a normalization of the images, which training does not keep')
     except ValueError as error:
@@ -631,7 +632,7 @@ def restore_weights(kept):
 
 @contextlib.contextmanager
 def frozen_statistics(model):
-    """Leave the running statistics of batch normalization alone meanwhile."""
+    """Within this context, batch normalization does not update its running statistics."""
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
               and m.track_running_stats]
     for m in layers:
