@@ -160,7 +160,7 @@ def entropy(logits):
 
 
 def margin(logits, y):
-    """Probability of the label minus that of the most likely other class, (B,), in [-1, 1]."""
+    """Probability of the label minus the largest other probability, (B,), in [-1, 1]."""
     p = F.softmax(logits, dim=1)
     p_y = p.gather(1, y[:, None])[:, 0]
     return p_y - p.scatter(1, y[:, None], -1).amax(1)

@@ -689,15 +689,6 @@ def test_directory_names_have_each_flag_that_changes_the_result():
     assert len(name(f'--init-from {"very/long/" * 40}{"x" * 200}.pt')) < 150
 
 
-def test_the_recipes_of_the_readme_do_not_share_a_directory():
-    names, text = {}, (ROOT / 'README.md').read_text()
-    for algorithm, flags in re.findall(r'^python train_(\w+)\.py\b([^#&\n]*)', text, re.M):
-        if '--resume' not in flags and '.py:' not in flags:
-            command = f'{algorithm} {" ".join(flags.split())}'
-            names.setdefault(flags_of(algorithm, flags).model_dir, set()).add(command)
-    assert len(names) > 5 and all(len(commands) == 1 for commands in names.values())
-
-
 def test_three_files_train_a_network_with_both_outputs_closed():
     for name in ('train_trades.py', 'models.py', 'data.py'):
         shutil.copy(ROOT / name, '.')
