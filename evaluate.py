@@ -271,7 +271,7 @@ def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 2
 def entropy_report(entropies, correct, threshold):
     """The entropy table's numbers, from the entropies and correct (N,) under PGD-20.
 
-    sd_of_w: standard deviation of w = entropy / mean (Eq. 2). An accuracy of no example is NaN.
+    sd_of_w: standard deviation of w with tau = 1 (Eq. 2). An accuracy of no example is NaN.
     """
     high, mean = entropies > threshold, entropies.mean(dtype=np.float64)
     return {'entropy': float(mean), 'sd_of_w': float(entropies.std(dtype=np.float64) / mean),
@@ -404,7 +404,7 @@ def print_tables(_, args, rows, groups):
         f'epsilon {radii}; seed {args.seed}, batch size {args.batch_size}, random starts '
         f'{args.restarts}, LS scale {args.ls_scale:g}.',
         'report': 'Predictions on the PGD-20 examples: mean entropy in nats, standard deviation of '
-        f'w = entropy / mean, entropies above {t:g} and accuracies in %.'}
+        f'w with tau = 1, entropies above {t:g} and accuracies in %.'}
     heads = {'sd_of_w': 'sd of w', 'high_entropy': f'above {t:g}', 'accuracy_high_entropy':
              f'accuracy above {t:g}', 'accuracy_low_entropy': f'accuracy up to {t:g}'}
     for part in [part for part in captions if rows[0][part]]:

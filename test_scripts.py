@@ -292,7 +292,7 @@ def test_the_log_describes_the_saved_weights(monkeypatch):
         noise.append(uniform_(*args, **options).clone())
         return args[0]
     monkeypatch.setattr(torch.Tensor, 'uniform_', keep)
-    train('trades', NET, '--augment none --epochs 3 --ema 0.5')
+    train('trades', NET, '--augment none --epochs 3 --ema 0.5 --entropy-weight --tau 0.5')
     images, labels = data.load_data('own.npz', train=False, size=16)
     x, row = data.to_float(images), last_of()['log'][-1]
     for prefix, start in (('', noise[-2]), ('ema_', noise[-1])):
@@ -304,12 +304,12 @@ def test_the_log_describes_the_saved_weights(monkeypatch):
             F.cross_entropy(model(x_adv), labels).backward()
             x_adv = x_adv + 0.025 * x_adv.grad.sign()
             x_adv = torch.min(torch.max(x_adv, x - 0.1), x + 0.1).clamp(0, 1)
-        p = model(x_adv).double().softmax(1)
-        h = (-p * p.log()).sum(1)
+        p, q = ((model(x_adv).double() / tau).softmax(1) for tau in (1, 0.5))
+        h, h_tau = ((-v * v.log()).sum(1) for v in (p, q))
         means = [v.double().mean().item() for v in (
             model(x).argmax(1) == labels, p.argmax(1) == labels, h, h > 1.5)]
         names = [prefix + name for name in 'clean pgd10 entropy high_entropy sd_of_w'.split()]
-        sd = (h / h.mean()).std(correction=0).item()
+        sd = (h_tau / h_tau.mean()).std(correction=0).item()
         assert [row[name] for name in names] == pytest.approx([*means, sd], abs=1e-5)
         assert sd > 0.01 and means[1] < means[0]
 

@@ -270,9 +270,9 @@ def backward(model, loss, batch_size):
 
 def test(model, images, labels, args, layout, rank, world):
     """Accuracy on clean and PGD-10 examples (steps of epsilon / 4); and on the latter the mean
-    entropy in nats, the share above 1.5, and the standard deviation of w = entropy / mean."""
+    entropy in nats, the share above 1.5, and the standard deviation of w (with args.tau)."""
     model.eval()
-    sums, size = torch.zeros(5, dtype=torch.float64, device=images.device), 512
+    sums, size = torch.zeros(6, dtype=torch.float64, device=images.device), 512
     for i in range(rank * size, len(images), world * size):
         x, y = data.to_float(images[i:i + size], layout), labels[i:i + size]
         data.seed(args.seed, i)
@@ -285,12 +285,13 @@ def test(model, images, labels, args, layout, rank, world):
         with torch.no_grad():
             logits, logits_adv = model(x), model(x_adv)
         log_p = F.log_softmax(logits_adv, dim=1).clamp(min=-1e4)
-        h = -(log_p.exp() * log_p).sum(1)
+        log_q = F.log_softmax(logits_adv / args.tau, dim=1).clamp(min=-1e4)
+        h, h_tau = -(log_p.exp() * log_p).sum(1), -(log_q.exp() * log_q).sum(1).double()
         sums += torch.stack([v.double().sum() for v in (
-            logits.argmax(1) == y, logits_adv.argmax(1) == y, h, h > 1.5, h.double() ** 2)])
+            logits.argmax(1) == y, logits_adv.argmax(1) == y, h, h > 1.5, h_tau, h_tau ** 2)])
     model.train()
-    clean, pgd10, mean, high, square = (all_reduce(sums) / len(images)).tolist()
-    return dict(clean=clean, pgd10=pgd10, entropy=mean, high_entropy=high,
+    clean, pgd10, entropy, high, mean, square = (all_reduce(sums) / len(images)).tolist()
+    return dict(clean=clean, pgd10=pgd10, entropy=entropy, high_entropy=high,
                 sd_of_w=math.sqrt(max(square - mean ** 2, 0)) / max(mean, 1e-12))
 
 

@@ -39,12 +39,14 @@ def load():
     for path in sorted(HERE.glob('*/outcomes*.json')):
         arrays = path.with_suffix('.npz')
         file = dict(np.load(arrays)) if arrays.exists() else {}
+        doses = path.parent / 'doses.json'  # with each run's own tau
+        doses = json.loads(doses.read_text()) if doses.exists() else {}
         for i, row in enumerate(json.loads(path.read_text())['models']):
             seed = re.search(r'seed(\d+)', row['model'] + path.stem)
             key = path.parent.name, row['model'].split('-seed')[0], int(seed[1] if seed else 1)
             run = runs.setdefault(key, {})
             run['accuracy'] = 100 * row['accuracy']['worst']
-            run['dose'] = row['report'].get('sd_of_w', run.get('dose', np.nan))
+            run['dose'] = doses.get(row['model'], run.get('dose', np.nan))
             columns = list(file.get('columns', []))
             for measure in set(file) & {'correct', 'entropy', 'margin', 'p_wrong', 'kappa'}:
                 run |= {(c, measure): file[measure][i, j].astype(float)
@@ -84,7 +86,7 @@ def differences(runs):
                 d = [a['accuracy'] - b['accuracy'] for a, b in pairs]
                 paired = [a['worst'].astype(float) - b['worst'] for a, b in pairs if 'worst' in a]
                 se = 100 * stats.sem(np.mean(paired, axis=0)) if paired else np.nan
-                dose = np.mean([a['dose'] for a, _ in pairs])
+                dose = np.mean([a['dose'] for a, _ in pairs if a['dose'] == a['dose']] or [np.nan])
                 rows.append((experiment, method, name, dose, *interval(d), se, len(seeds)))
     print('EW minus control and EW minus plain, points of accuracy in the worst case\n')
     table(['experiment', 'method', 'EW minus', 'dose', 'difference', '± 95 % over seeds',
@@ -108,8 +110,8 @@ def dose_response(runs):
         return print('Dose and response: no complete seed yet\n')
     slopes = [np.polyfit(*zip(*p.values()), 1)[0] for p in points.values()]
     mean, half = interval(slopes)
-    print(f'Dose and response, EW-AT on CIFAR-10: slope {mean:+.2f} ± {half:.2f} points of worst-'
-          f'case accuracy per unit of dose, {len(points)} seeds\n')
+    print(f'Dose and response, EW-AT on CIFAR-10: slope {mean:+.2f} points per unit of dose, 95 % '
+          f'interval ± {half:.2f}; complete seeds: {len(points)}\n')
     taus = sorted(next(iter(points.values())), key=float)
     table(['seed', *(f'tau {t}: dose, worst case' for t in taus), 'slope'],
           [(str(s), *(f'{p[t][0]:.2f}, {p[t][1]:.2f}' for t in taus), f'{slope:+.2f}')
@@ -118,7 +120,10 @@ def dose_response(runs):
     for marker, (seed, p) in zip('os^Dv', points.items()):
         ax.plot(*zip(*sorted(p.values())), marker=marker, markersize=3.5, linewidth=0.8,
                 color=COLOURS['AT'], fillstyle='none', label=f'seed {seed}')
-    ax.set(xlabel='dose: standard deviation of w', ylabel='accuracy in the worst case (%)')
+    middle = np.mean([p['inf'][1] for p in points.values()])  # of the control
+    ax.axhspan(middle - PAPER_GAIN, middle + PAPER_GAIN, color='0.9')
+    ax.set(xlabel='dose: standard deviation of w', ylabel='accuracy in the worst case (%)',
+           ylim=(middle - 1, middle + 1))
     ax.legend()
     save(fig, 'cifar10/dose_response')
 
@@ -149,7 +154,7 @@ def premise(runs):
                     color=COLOURS[method])
     ax.set_yticks(range(len(MEASURES)), MEASURES)
     ax.set(xlabel='AUC', xlim=(0.5, 1), ylim=(len(MEASURES) - 0.5, -0.5))
-    ax.legend()
+    fig.legend(loc='outside upper center', ncols=4)
     save(fig, 'cifar10/auc')
 
 
