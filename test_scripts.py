@@ -23,7 +23,6 @@ import subprocess
 import sys
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
-from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import Mock
 
