@@ -211,7 +211,7 @@ def test_entropy_weights(name):
 
 
 @every_script
-def test_batch_mean_is_over_all_processes(name, monkeypatch):
+def test_batch_mean_covers_all_processes(name, monkeypatch):
     mean, here, there = SCRIPTS[name].batch_mean, torch.rand(5).double(), torch.rand(3).double()
     close(mean(here), here.numpy().mean())
     assert mean(torch.full((70_000,), 2.0).half()) == 2  # whose sum overflows float16
@@ -226,7 +226,7 @@ def test_batch_mean_is_over_all_processes(name, monkeypatch):
 @every_script
 @pytest.mark.parametrize('size', [10, 16_384, 70_000])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_weights_of_large_batches_in_half_precision(name, size, dtype, tolerance):
+def test_weights_of_a_large_half_precision_batch_do_not_overflow(name, size, dtype, tolerance):
     ten, copies = table(1.0)[0][:10].to(dtype), size // 10
     w = SCRIPTS[name].entropy_weights(ten.repeat(copies, 1))
     assert w.dtype == dtype
@@ -298,7 +298,7 @@ def test_gradients_match_finite_differences_with_w_held(name, weighting):
 
 
 @every_script
-def test_control_without_entropy_is_the_parent_with_coefficients_plus_one(name):
+def test_control_is_the_plain_loss_with_coefficients_plus_one(name):
     def value(**options):
         return loss_of(name, *problem(), **options)  # problem() has seeded the random start
 
@@ -553,13 +553,13 @@ def refuses(told, name, model, x, y, **options):
 
 
 @pytest.mark.parametrize('name', ['trades', 'mart'])
-def test_another_distance_is_refused(name):
+def test_only_l_inf_is_accepted(name):
     refuses('l_2', name, *problem(), distance='l_2')
     loss_of(name, *problem(), distance='l_inf')
 
 
 @every_script
-def test_images_outside_0_to_1_are_refused(name):
+def test_images_must_be_in_0_to_1(name):
     model, x, y = problem()
     for wrong in ((x - 0.5) / 0.25, 255 * x, x - 0.01, x + 0.01, torch.full_like(x, math.nan)):
         refuses(r'not in \[0, 1\]', name, model, wrong, y)
@@ -569,12 +569,12 @@ def test_images_outside_0_to_1_are_refused(name):
 @pytest.mark.parametrize('wrong', [
     dict(epsilon=8), dict(step_size=2), dict(epsilon=8, step_size=2), dict(epsilon=-0.1),
     dict(step_size=-0.01), dict(epsilon=math.nan), dict(step_size=math.inf)], ids=str)
-def test_lengths_in_another_unit_are_refused(name, wrong):
+def test_epsilon_and_step_size_must_be_in_0_to_1(name, wrong):
     refuses(r'in \[0, 1\].*8/255', name, *problem(), **wrong)
 
 
 @every_script
-def test_a_model_that_does_not_return_logits_is_refused(name):
+def test_the_model_must_return_logits(name):
     model, x, y = problem()
     for head in (nn.Linear(64, 1), nn.Unflatten(1, (1, 64))):
         model = nn.Sequential(nn.Flatten(), head).double()
@@ -598,7 +598,7 @@ def test_labels_may_be_probabilities(name):
 
 
 @every_script
-def test_labels_of_8_bits_and_an_attack_of_no_steps_work(name):
+def test_uint8_labels_and_zero_attack_steps_work(name):
     model, x, y = problem()
     assert loss_of(name, model, x, y.to(torch.uint8)).isfinite()
     assert loss_of(name, model, x, y, perturb_steps=0).isfinite()
@@ -611,7 +611,7 @@ def test_labels_of_8_bits_and_an_attack_of_no_steps_work(name):
     ('trades', dict(step_size=0.003, epsilon=0.031, perturb_steps=10, beta=1.0, distance='l_inf')),
     ('mart', dict(step_size=0.007, epsilon=0.031, perturb_steps=10, beta=6.0, distance='l_inf')),
     ('gairat', dict(step_size=0.007, epsilon=0.031, perturb_steps=10, psi=-1.0))])
-def test_signature_is_the_one_that_projects_already_call(name, expected):
+def test_signatures_match_the_official_functions(name, expected):
     expected |= dict(entropy_weight=False, tau=1.0, adv=None, reduction='mean')
     parameters = inspect.signature(getattr(SCRIPTS[name], f'{name}_loss')).parameters
     assert list(parameters) == ['model', 'x_natural', 'y', 'optimizer', *expected]
@@ -619,7 +619,7 @@ def test_signature_is_the_one_that_projects_already_call(name, expected):
 
 
 @every_script
-def test_pasted_loss_needs_only_torch_and_what_stands_above_it(name):
+def test_a_pasted_loss_needs_only_torch_and_the_code_above_it(name):
     above = SOURCES[name].split(DIVIDER)[0]
     body, namespace = ast.parse(above).body, {}
     imports = [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]

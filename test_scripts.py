@@ -271,7 +271,7 @@ def test_defaults_are_the_protocol_of_the_paper(algorithm):
 
 @pytest.mark.parametrize('flag, kind, column', [
     ('', 'state_dict', 'pgd10'), ('--ema 0.5', 'ema_state_dict', 'ema_pgd10')])
-def test_best_is_the_first_epoch_of_the_highest_pgd10(flag, kind, column):
+def test_best_is_the_first_epoch_with_the_highest_pgd10(flag, kind, column):
     train('at', PLAIN, '--augment none --lr 2 --epochs 9 --save-freq 1', flag)
     pgd10 = [row[column] for row in last_of()['log']]
     best = pgd10.index(max(pgd10)) + 1
@@ -323,7 +323,7 @@ def test_the_validation_images_are_the_last_of_each_class_and_never_trained_on()
     assert set(sum(classes, [])) - last_4 <= trained
 
 
-def test_each_seed_epoch_and_step_draws_anew_and_the_same_seed_draws_the_same():
+def test_random_numbers_depend_on_seed_epoch_and_step_alone():
     def draws(seed):
         attack, dropout = [], []
         def forward(network, x):
@@ -359,7 +359,7 @@ def test_learning_rates_of_each_schedule():
 # ---------------------------------------------------------------- killed and continued
 
 @pytest.mark.parametrize('flags', [EACH_STEP, f'{EACH_STEP} {EVERYTHING}', '--save-freq 1'])
-def test_a_run_that_is_killed_between_any_two_files_continues_exactly(flags, monkeypatch):
+def test_a_run_killed_between_any_two_file_writes_continues_exactly(flags, monkeypatch):
     """From copies of its directory as a kill would leave it, before each file takes its place; one
     of them is from the evaluation of each epoch."""
     replace, copies = os.replace, []
@@ -408,7 +408,7 @@ def test_ctrl_c_in_a_terminal():
 
 @pytest.mark.parametrize('first, second, status', [
     ('KILL', 'KILL', -9), ('INT', 'INT', -2), ('TERM', 'TERM', 143)])
-def test_a_second_ctrl_c_stops_at_once_but_a_second_sigterm_does_not(first, second, status, runs):
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(first, second, status, runs):
     """Cluster schedulers send SIGTERM to each process, and torchrun sends it once more."""
     def step(optimizer, n):
         for name in (first, second) * (n == 6):
@@ -420,7 +420,7 @@ def test_a_second_ctrl_c_stops_at_once_but_a_second_sigterm_does_not(first, seco
     assert same_run('run', runs['at'])
 
 
-def test_a_signal_that_nohup_ignores_is_ignored():
+def test_signals_ignored_by_nohup_stay_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with hooks(kill(signal.SIGHUP, 3)):
         train('at', PLAIN)
@@ -443,7 +443,7 @@ def test_milestones_follow_the_number_of_epochs():
     assert 'lr_milestones' not in out and last_of('given')['log'][-1]['lr'] == drop[-1]
 
 
-def test_a_continued_run_takes_new_flags_and_says_what_changed(runs):
+def test_flags_can_be_changed_on_resuming_and_are_listed(runs):
     shutil.copytree(runs['at'], 'run')
     out, _ = train('at', '--resume run --arch net.py:Net --epochs 3 --lr 0.01 --ema 0.9')
     changes = 'epochs 2 -> 3', 'lr 0.1 -> 0.01', 'ema None -> 0.9', 'lr_milestones [2] -> [3]'
@@ -452,13 +452,13 @@ def test_a_continued_run_takes_new_flags_and_says_what_changed(runs):
     assert log[2]['lr'] == 0.01 and 'ema_pgd10' in log[2] and log[2]['seconds'] > log[1]['seconds']
 
 
-def test_a_finished_run_says_so_and_is_left_alone(runs):
+def test_resuming_a_finished_run_changes_nothing(runs):
     shutil.copytree(runs['at'], 'run')
     out, _ = train('at', '--resume run --arch net.py:Net')
     assert 'finished' in out and same_run('run', runs['at'])
 
 
-def test_what_cannot_be_continued_is_refused_by_name(runs):
+def test_a_run_that_cannot_be_continued_is_refused_by_name(runs):
     shutil.copytree(runs['at'], 'run')
     resume = '--arch net.py:Net --resume run'
     assert 'train_mart.py' in refused('mart', resume)
@@ -502,14 +502,14 @@ def test_training_continues_on_a_full_disk_and_saves_later(function, name, runs,
 
 
 @pytest.mark.parametrize('name', ['last.pt', 'log.csv', ''])
-def test_a_disk_that_is_full_to_the_end_is_exit_status_1(name, monkeypatch):
+def test_a_disk_that_stays_full_gives_exit_status_1(name, monkeypatch):
     full_disk(monkeypatch, lambda a, b: b.endswith(name))
     out, err = train('at', PLAIN, status=1)
     assert 'No space left' in out and 'could not be saved' in err
 
 
 @pytest.mark.parametrize('step, what', [(6, 'weight'), (8, 'weight'), (7, 'loss')])
-def test_a_loss_or_weight_that_is_not_finite_ends_the_run_and_spoils_no_file(step, what):
+def test_a_loss_or_weight_that_is_not_finite_ends_the_run_before_saving(step, what):
     """A frozen weight makes the loss nan while those that are trained are put back."""
     kept = []
     def spoil(optimizer, n):
@@ -532,7 +532,7 @@ SHARED = f'{PLAIN} --train-size 47 --batch-size 23'
 
 
 @pytest.mark.parametrize('name', [*METHODS, 'torchrun'])
-def test_two_processes_compute_what_one_does(name):
+def test_two_processes_match_one(name):
     algorithm, flags = METHODS.get(name, ('trades', ''))
     flags = f'{SHARED} {flags} {EVERYTHING * (name == "ew-mart")} --model-dir'
     if name == 'torchrun':
@@ -607,7 +607,7 @@ LABELS = np.arange(52) % 5
     ({'label': LABELS}, 'extra.npz'), ({'label': LABELS[:30] + 1}, 'extra.npz'),
     ({'label': LABELS[:30] - 1}, 'extra.npz'), ({'label': LABELS[:30] + 0.5}, 'extra.npz'),
     ({'image': GREY[:0], 'label': LABELS[:0]}, 'extra.npz')])
-def test_images_that_are_wrong_are_refused(changed, told):
+def test_invalid_images_are_refused(changed, told):
     own_images(**changed)
     assert told in refused('at', PLAIN, '--extra-data extra.npz')
 
@@ -626,14 +626,14 @@ def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values, mon
 # ---------------------------------------------------------------- own networks, images and weights
 
 @pytest.mark.parametrize('channels', [1, 3])
-def test_an_own_network_gets_the_contiguous_images_that_its_view_needs(channels):
+def test_a_custom_network_receives_contiguous_images(channels):
     images = GREY.repeat(channels, 3)
     own_images(train_images=images, test_images=images[:20])
     Path('net.py').write_text(NETS.replace('Conv2d(1', f'Conv2d({channels}'))
     train('at', NET, '--epochs 1 --ema 0.9')
 
 
-def test_extra_images_have_their_share_of_each_batch_and_are_drawn_evenly():
+def test_extra_images_fill_their_share_of_each_batch_and_are_drawn_evenly():
     batches = []
     images, extra = data.load_data('own.npz')[0], data.load_npz('extra.npz', 'image', 'label')[0]
     ids = {key: i for i, key in enumerate(comparable([*data.to_float(torch.cat([images, extra]))]))}
@@ -662,7 +662,7 @@ def test_a_run_starts_from_the_weights_of_a_file_or_of_another_run(start, runs):
     assert 'w.pt' in refused('at', NET, '--model-dir new --init-from w.pt')
 
 
-def test_directory_names_have_each_flag_that_changes_the_result():
+def test_directory_names_contain_each_flag_that_changes_the_result():
     def name(flags, algorithm='trades'):
         return flags_of(algorithm, flags).model_dir
     assert name('') == name('--lr 0.1 --batch-size 128') == 'runs/cifar10-trades-seed1'
@@ -696,7 +696,7 @@ def test_three_files_train_a_network_with_both_outputs_closed():
 
 # ---------------------------------------------------------------- weights that move, and speed
 
-def test_weight_perturbation_equals_the_official_proxy_network_and_is_undone_exactly():
+def test_weight_perturbation_matches_the_official_proxy_network_and_is_undone_exactly():
     model, x, y = models.build_model('wideresnet10-1').double(), torch.rand(3, 3, 8, 8), [0, 1, 2]
     before, proxy = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
     (-F.cross_entropy(proxy(x.double()), torch.tensor(y))).backward()
@@ -749,7 +749,7 @@ def test_a_step_takes_the_gradient_at_the_perturbed_weights_and_ema_averages_the
     assert last['bn.num_batches_tracked'] == 4  # once a step, with AWP too
 
 
-def test_a_step_takes_the_mean_loss_of_the_batch_and_the_log_has_it():
+def test_a_step_uses_the_mean_loss_of_the_batch_and_logs_it():
     passes, grads = [], []
     with hooks(lambda optimizer, n: grads.extend(optimizer.param_groups[0]['params']),
                lambda net, x: net.training and passes.append((copy.deepcopy(net), x.detach()))):
@@ -762,7 +762,7 @@ def test_a_step_takes_the_mean_loss_of_the_batch_and_the_log_has_it():
     assert all(torch.allclose(p.grad, q.grad, rtol=1e-4) for p, q in zip(net.parameters(), grads))
 
 
-def test_bfloat16_agrees_to_its_precision_and_sees_weights_that_have_moved(runs):
+def test_bfloat16_agrees_within_its_precision_and_uses_current_weights(runs):
     model, x = models.build_model('wideresnet10-1', 10, 1).eval(), torch.rand(8, 1, 8, 8)
     with torch.no_grad():
         full = model(x)
@@ -776,7 +776,7 @@ def test_bfloat16_agrees_to_its_precision_and_sees_weights_that_have_moved(runs)
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
 
 
-def test_a_run_compiles_its_network_in_the_first_epoch_alone(monkeypatch, runs):
+def test_a_run_compiles_its_network_only_in_the_first_epoch(monkeypatch, runs):
     graphs, after, compiler = [], [], torch.compile
     monkeypatch.setattr(torch, 'compile', lambda f, mode, dynamic: compiler(
         f, dynamic=dynamic, backend=lambda graph, x: graphs.append(graph) or graph.forward))
@@ -787,7 +787,7 @@ def test_a_run_compiles_its_network_in_the_first_epoch_alone(monkeypatch, runs):
     assert losses[0] == losses[1]
 
 
-def test_outputs_survive_the_next_run_of_a_cuda_graph_which_overwrites_them(monkeypatch):
+def test_outputs_are_copied_before_a_cuda_graph_overwrites_them(monkeypatch):
     model, x = models.build_model('wideresnet10-1'), torch.rand(4, 3, 8, 8)
     memory = torch.empty(4, 10)
     monkeypatch.setattr(torch, 'compile', lambda f, **options: lambda x: memory.copy_(f(x)))
@@ -835,7 +835,7 @@ GPU = NET.replace('--no-cuda', '')
 
 @pytest.mark.parametrize('device', ['meta', pytest.param('cuda', marks=on_a_gpu)])
 @every_algorithm
-def test_a_step_mixes_no_devices_and_computes_what_the_cpu_does(algorithm, device):
+def test_a_step_mixes_no_devices_and_matches_the_cpu(algorithm, device):
     """Also on the meta device, which has shapes alone, but differs from the CPU as a GPU does."""
     found, index, train_x = [], data.draw(9, 12), script(algorithm)
     model, images = models.build_model('wideresnet10-1').double(), torch.randint(256, (9, 3, 8, 8))
@@ -864,7 +864,7 @@ def test_a_step_on_a_gpu_does_not_wait(algorithm):
 
 @on_a_gpu
 @pytest.mark.parametrize('flags', ['--no-amp', '--amp', '--compile', f'--compile {EVERYTHING}'])
-def test_a_run_on_a_gpu_continues_and_resembles_that_on_the_cpu(flags):
+def test_a_run_on_a_gpu_continues_and_resembles_one_on_the_cpu(flags):
     train('trades', NET, flags.replace('--compile', ''), '--no-amp --model-dir cpu')
     with hooks(kill(signal.SIGTERM, 6)):
         train('trades', GPU, flags, status=143)
@@ -890,7 +890,7 @@ def refuses(told, function, *args, **options):
     ('resnet50', 23_520_842), ('wideresnet28-10', 36_479_194), ('wideresnet34-10', 46_160_474),
     ('preactresnet18-swish', 12_548_426), ('wideresnet28-10-swish', 36_479_194),
     ('smallcnn', 312_202)])
-def test_networks_have_the_published_size_and_are_read_off_their_weights(arch, parameters):
+def test_networks_have_the_published_size_and_are_inferred_from_their_weights(arch, parameters):
     with torch.device('meta'):
         model = models.build_model(arch, in_channels=1 if arch == 'smallcnn' else 3)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
@@ -957,7 +957,7 @@ def published_logits(arch, state, x, statistics):
     ('resnet50', (), None), ('wideresnet16-2', (100,), None), ('preactresnet18-swish', (), CIFAR10),
     ('wideresnet16-2-swish', (), CIFAR10), ('wideresnet10-1-swish', (100,), CIFAR100),
     ('wideresnet10-1-swish', (10, 1), None)])
-def test_names_and_logits_are_the_published_ones(arch, options, statistics):
+def test_names_and_logits_match_the_published_networks(arch, options, statistics):
     model = models.build_model(arch, *options).eval()
     for name, value in model.state_dict().items():
         if value.dim() == 1:  # not those of a new network
@@ -972,7 +972,7 @@ def test_names_and_logits_are_the_published_ones(arch, options, statistics):
 
 
 @torch.no_grad()
-def test_smallcnn_starts_at_zero_and_has_trades_names():
+def test_smallcnn_starts_with_zero_logits_and_has_the_names_of_trades():
     model = models.build_model('smallcnn', 7, 1).eval()
     assert model(torch.rand(2, 1, 28, 28)).tolist() == [[0] * 7] * 2
     layers = [*(f'feature_extractor.conv{i}' for i in (1, 2, 3, 4)),
@@ -1095,14 +1095,14 @@ def test_a_file_without_weights_is_refused_in_one_line(case, recwarn):
     assert not recwarn.list
 
 
-def test_a_flipped_bit_is_noticed(network):
+def test_a_flipped_bit_is_detected(network):
     content = bytearray(saved(network.state_dict()))
     content[len(content) // 2] ^= 1
     Path('a.pt').write_bytes(content)
     refuses('a.pt .*damaged', models.load_model, 'a.pt')
 
 
-def test_files_that_are_missing(monkeypatch):
+def test_missing_files_are_named(monkeypatch):
     os.makedirs('run')
     refuses('^none.pt: No such file', models.load, 'none.pt')
     refuses('^run/best.pt: No such file', models.load, 'run')
@@ -1119,14 +1119,14 @@ def test_files_that_are_missing(monkeypatch):
     ({'bn1.bias': torch.zeros(3)}, None, r'bn1.bias has shape \(3,\) .*\(64,\)$'),
     ({'bn1.bias': torch.full((64,), math.nan)}, None, 'not finite'),
     ({}, 'resnet18', 'resnet18: .* is missing'), ({}, 'vgg', "unknown .*'vgg'")])
-def test_a_mismatch_is_named(change, arch, told, network):
+def test_weights_that_do_not_fit_are_named(change, arch, told, network):
     state = network.state_dict() | change
     torch.save({k: v for k, v in state.items() if v is not None}, 'a.pt')
     refuses(f'^a.pt: .*{told}', models.load_model, 'a.pt', arch)
     refuses('^a.pt: has 10 classes, not 11', models.load_model, 'a.pt', num_classes=11)
 
 
-def test_code_that_a_checkpoint_names_is_run_only_if_the_caller_names_it():
+def test_code_named_in_a_checkpoint_is_run_only_if_the_caller_names_it():
     Path('net.py').write_text('import torch\ndef net(num_classes): return '
                               'torch.nn.Sequential(torch.nn.Linear(2, num_classes))')
     model, x = models.build_model('net.py:net', 7), torch.rand(3, 2)
@@ -1154,7 +1154,7 @@ def test_a_normalization_in_the_file_is_used(names, network):
 
 @torch.no_grad()
 @pytest.mark.parametrize('text, mean, std', [('cifar100', *CIFAR100), ('0.5/0.2', [0.5], [0.2])])
-def test_normalization_by_the_caller_takes_the_place_of_the_networks_own(text, mean, std, network):
+def test_normalization_by_the_caller_replaces_the_one_in_the_network(text, mean, std, network):
     swish, x = models.build_model('wideresnet10-1-swish').eval(), torch.rand(2, 3, 8, 8)
     mean, std, own_mean, own_std = (torch.tensor(v)[:, None, None] for v in (mean, std, *CIFAR10))
     normalized = (x - mean) / std
@@ -1164,12 +1164,12 @@ def test_normalization_by_the_caller_takes_the_place_of_the_networks_own(text, m
         torch.testing.assert_close(loaded(x), model(x_in))
 
 
-def test_a_normalization_that_makes_no_sense_is_refused():
+def test_an_invalid_normalization_is_refused():
     for wrong in ('0.5', '0.5/0', '0.5/nan', 'inf/1', '1,2/1', 'imagenet'):
         refuses('MEAN/STD', models.parse_normalization, wrong)
 
 
-def test_a_write_that_fails_leaves_the_old_file(monkeypatch):
+def test_a_failed_write_leaves_the_old_file(monkeypatch):
     models.save({'w': torch.zeros(1)}, 'a.pt')
     old = Path('a.pt').read_bytes()
     with pytest.raises(RuntimeError), models.atomic_write('a.pt') as f:
@@ -1246,7 +1246,7 @@ def save_npz(**changed):
     np.savez('own.npz', **{'train_images': IMAGES, 'test_images': IMAGES[:6], **labels, **changed})
 
 
-def test_ones_own_images():
+def test_custom_images_are_loaded():
     save_npz()
     images, labels = data.load_data('own.npz', train=False)
     assert images.shape == (6, 3, 12, 10) and labels.tolist() == [0, 1, 2, 3, 4, 0]
@@ -1260,7 +1260,7 @@ def test_ones_own_images():
     ({'train_labels': TRUTH + 1}, '0 to K - 1'), ({'test_labels': TRUTH[:6] + 4}, '0 to K - 1'),
     ({'train_labels': TRUTH * 0}, 'K >= 2'), ({'class_names': ['a']}, '5 different names'),
     ({'test_images': IMAGES[:6, :9]}, 'differ in shape'), ({'class_names': ['a'] * 5}, '5 diff')])
-def test_what_is_wrong_with_ones_own_images_is_one_line(changed, told):
+def test_a_fault_in_custom_images_gives_one_line(changed, told):
     save_npz(**changed)
     refuses(f'^own.npz: .*{told}', data.load_data, 'own.npz')
     refuses('^none.npz: no such file', data.load_data, 'none.npz')
@@ -1291,7 +1291,7 @@ def test_the_checksum_changes_with_any_image_or_label():
     assert data.checksum(images, labels) not in [data.checksum(*tensors) for tensors in changed]
 
 
-def test_lengths_are_read_and_written_as_the_field_does():
+def test_fractions_of_255_are_accepted_and_printed():
     for text, value in (('8/255', 8 / 255), ('0.031', 0.031), ('1/255', 1 / 255), ('0.3', 0.3)):
         assert data.pixels(text) == value and data.pixels_text(value) == text
     for wrong in ('8', '0', '-1/255', '1/0', 'nan', 'inf', 'x', ''):
@@ -1306,7 +1306,7 @@ def test_milestones_keep_their_share_of_another_number_of_epochs():
     refuses("'cifar11'", data.protocol, 'cifar11')
 
 
-def test_augment_is_a_padded_crop_and_flip_of_each_image_alone():
+def test_each_image_is_cropped_and_flipped_independently():
     size, count = 8, 8100
     images = torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8)
     kept = images.clone()
@@ -1499,7 +1499,7 @@ def test_ls_finds_what_masked_gradients_hide_from_pgd(scale, ls_scale):
     assert pgd.mean() > 0.85 and ls.mean() == 0
 
 
-def test_restarts_only_find_more():
+def test_restarts_never_raise_accuracy():
     """Without a gradient, each random start is misclassified with probability 1/4."""
     model = Affine(torch.tensor([[0.0], [1.0]]), torch.tensor([0.0, -0.05 - 127 / 255]), 1e6)
     one, three = (evaluate.evaluate_attack(model, *grey(200), 'pgd20', 0.1, restarts=r)
@@ -1542,7 +1542,7 @@ def linear(num_classes):
 
 @pytest.mark.parametrize('num_classes, epsilon, attacks', [
     (5, 0.09, ['autoattack']), (10, 0.06, ['square'])])
-def test_autoattack_is_the_packages_standard_version(num_classes, epsilon, attacks):
+def test_autoattack_matches_the_standard_version_of_the_package(num_classes, epsilon, attacks):
     model, images, labels = linear(num_classes)
     outcomes = evaluate.evaluate_model(model, images, labels, attacks, 0.5, epsilon, 5, seed=5)
     correct = [outcome['correct'] for outcome in outcomes.values()]
@@ -1560,7 +1560,7 @@ def test_autoattack_is_the_packages_standard_version(num_classes, epsilon, attac
 
 
 @pytest.mark.parametrize('num_classes', [5, 10])
-def test_apgd_t_has_every_other_class_as_a_target(num_classes):
+def test_apgd_t_targets_every_other_class(num_classes):
     """Only the least likely class is within reach."""
     bias = -torch.arange(num_classes).float()
     weight = torch.zeros(num_classes, 25).index_fill(0, torch.tensor(num_classes - 1), 4.0)
@@ -1644,7 +1644,7 @@ def test_attacks_search_at_torchs_precision_and_verdicts_are_in_float32(trained)
     assert (half == expected).all()
 
 
-def test_a_completed_call_attacks_only_what_is_missing(trained):
+def test_a_second_call_runs_only_the_missing_attacks(trained):
     images, labels = digits(10)
     expected = evaluate.evaluate_attack(trained, images, labels, 'pgd10', 0.1, batch_size=4)
     measures, calls = np.full((5, 10), np.nan, np.float32), []
@@ -1721,7 +1721,7 @@ def test_names_distinguish_files_of_the_same_name(trained):
     assert list(table(out)) == ['x/a-seed1/best.pt', 'y/a-seed1/best.pt', 'b/last']
 
 
-def test_finished_results_are_used_again_unless_a_setting_changes():
+def test_saved_results_are_reused_unless_a_setting_changes():
     args, seen = linear_data(size=20), []
 
     def count(*more):
@@ -1742,7 +1742,7 @@ def test_finished_results_are_used_again_unless_a_setting_changes():
     assert count() > again + 10
 
 
-def test_results_of_a_network_that_has_changed_are_never_used():
+def test_results_of_a_changed_network_are_not_reused():
     args, tables = linear_data(), []
     for change in ('logits', 'logits.flip(1)', 'logits.detach() + 0 * logits'):
         own_part(change)  # in a module that the network's file imports
@@ -1790,7 +1790,7 @@ def test_a_killed_evaluation_continues_and_gives_the_same_table(run, trained):
     assert command(*args, '--model-path', run)[0] == expected
 
 
-def test_two_processes_print_the_table_of_one(run, trained):
+def test_two_processes_print_the_same_table_as_one(run, trained):
     args = '--attacks pgd20 apgd-ce --n-examples 12 --batch-size 5 --epsilon 0.04 --no-cuda'.split()
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2',
                            f'--master-port={20000 + os.getpid() % 9000}', ROOT / 'evaluate.py',
@@ -1855,7 +1855,7 @@ def test_attacks_that_cannot_work_give_one_warning_line(change, before, told):
                json.loads(Path('a.json').read_text())['models'][0]['warnings'])
 
 
-def test_a_low_clean_accuracy_of_a_foreign_file_gives_a_hint(trained):
+def test_low_clean_accuracy_of_a_foreign_checkpoint_gives_a_hint(trained):
     state = trained.state_dict()
     torch.save(state, 'good.pt')
     torch.save(state | {'classifier.fc3.bias': state['classifier.fc3.bias'] + 9 * torch.eye(10)[1]},
@@ -1894,7 +1894,7 @@ def test_with_fewer_classes_the_table_names_the_targets():
     ('--model-path ours.pt --figures text.pt/x', 'text.pt'),
     ('--model-path own.pt --arch net.py:Net --dataset digits', 'does not take images (1, 28, 28)'),
     ('--model-path own.pt --arch net.py:Gone --dataset own.npz', 'Gone')])
-def test_a_mistake_is_one_line_and_exit_status_2(args, told, trained):
+def test_an_invalid_flag_gives_one_line_and_exit_status_2(args, told, trained):
     linear_data()
     models.save(dict(state_dict=trained.state_dict(), algorithm='at', dataset='digits', args={}),
                 'ours.pt')
@@ -1951,7 +1951,7 @@ def test_every_command_of_the_pages_parses(command):
         importlib.import_module(script[:-3]).parse_args(args)
 
 
-def test_each_recipe_has_a_directory_of_its_own_and_is_evaluated():
+def test_each_recipe_has_its_own_directory_and_is_evaluated():
     recipes, = re.findall(r'^## Recipes.*?```bash\n(.*?)```', README, re.M | re.S)
     shown = subprocess.run(['bash', '-c', f'python() {{ echo "$@"; }}\n{recipes}'], text=True,
                            capture_output=True)  # unrolls the loops
@@ -1972,7 +1972,7 @@ def test_each_recipe_has_a_directory_of_its_own_and_is_evaluated():
     assert len(set(made)) == len(made) > 25 and evaluated == set(made)
 
 
-def test_the_readmes_lines_of_python_evaluate_any_network():
+def test_the_python_example_in_the_readme_runs():
     lines, = re.findall(r'```python\n(import data, evaluate.*?)```', README, re.S)
     lines = lines.replace("'cifar10'", "'digits'").replace('size=1000', 'size=4')
     with redirect_stdout(io.StringIO()) as out:
@@ -1980,7 +1980,7 @@ def test_the_readmes_lines_of_python_evaluate_any_network():
     assert all(f"'{column}': " in out.getvalue() for column in ('clean', 'ls', 'autoattack'))
 
 
-def test_the_recipe_in_data_py_makes_a_data_set_of_folders_of_images():
+def test_the_recipe_in_data_py_turns_folders_of_images_into_a_data_set():
     from PIL import Image
     lines = re.search(r'    import numpy.*', data.__doc__, re.S)[0]
     for i, (split, name) in enumerate([('train', 'cat'), ('train', 'dog'), ('test', 'dog')]):
@@ -2012,7 +2012,7 @@ def test_rsts_images_are_read_without_running_code():
     assert not Path('ran').exists()
 
 
-def test_the_committed_networks_are_those_that_were_evaluated():
+def test_the_committed_networks_are_the_evaluated_ones():
     for name in ('outcomes-seed1', 'outcomes-seed2', 'first-1000'):
         for row in json.loads((RESULTS / 'cifar10' / f'{name}.json').read_text())['models']:
             sha = hashlib.sha256(b'WideResNet')
