@@ -159,11 +159,11 @@ def pixels_text(value):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of a flag if it has one, lengths such as 8/255."""
+    """Shows the default of each flag that has one, and radii as 8/255."""
 
     def _get_help_string(self, action):
         value = action.default
-        if 'default' in action.help or value in (None, False, argparse.SUPPRESS):
+        if 'default' in action.help or value is None or value is False or action.nargs == 0:
             return action.help
         return f'{action.help} (default: {pixels_text(value) if action.type is pixels else value})'
 
@@ -191,19 +191,19 @@ def seed(*numbers):
 
 
 def split_validation(images, labels, size):
-    """Hold out the last `size` images, the same number of each class: ((train), (held out))."""
+    """Hold out the last size / K images of each of K classes: ((train), (held out))."""
     classes = int(labels.max()) + 1
     if size % classes or size // classes >= labels.bincount().min():
-        raise ValueError(f'--val-size {size} must be a multiple of the {classes} classes and leave '
-                         'training images of each')
+        raise ValueError(f'--val-size {size} must be a multiple of {classes}, the number of '
+                         'classes, and leave training images of each')
     held = torch.cat([(labels == k).nonzero()[-size // classes:, 0] for k in range(classes)])
     mask = torch.zeros_like(labels, dtype=torch.bool).index_fill(0, held, True)
     return (images[~mask], labels[~mask]), (images[mask], labels[mask])
 
 
 def load_run(args):
-    """(images, labels) to train on, (images, labels) held out, extra ones or (), and K. Held out
-    are the last --val-size training images or, by default, the test images."""
+    """(images, labels) to train on, (images, labels) held out, extra ones or (), and K. The
+    test images are held out or, with --val-size, the last training images of each class."""
     num_classes = len(class_names(args.dataset, args.data_dir))
     own = load_data(args.dataset, args.data_dir, True, args.train_size)
     held_out = load_data(args.dataset, args.data_dir, False, args.test_size)

@@ -1,12 +1,12 @@
-"""Robustness of L-infinity-trained classifiers: attacks, entropy of the predictions, figures.
+"""L-infinity robustness of classifiers: attacks, entropy of the predictions, figures.
 
     python evaluate.py --model-path runs/cifar10-ew-trades-beta5.5-seed1
     python evaluate.py --model-path a.pt b.pt --dataset cifar10 --attacks pgd20 ls autoattack
     torchrun --nproc-per-node=8 evaluate.py --model-path runs/cifar10-* --figures figures
 
 Prints Markdown tables with one row per model: the accuracy under each attack in % of all examples,
-and the entropy of the predictions on the PGD-20 examples. Finished batches are kept beside each
-model in <model>.eval.npz, so that the same command continues an interrupted evaluation.
+and the entropy of the predictions on the PGD-20 examples. Results of finished batches are kept
+beside each model in <model>.eval.npz, so that the same command continues an interrupted evaluation.
 
     fgsm         one step of epsilon from the image
     pgd10, pgd20, pgd100   steps of epsilon/4, epsilon/10 and epsilon/4 from a random start
@@ -26,6 +26,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -41,7 +42,7 @@ from tqdm import tqdm
 import data
 import models
 
-VERSION = 1  # of the attacks: raise it when their results change, so that kept ones are not used
+VERSION = 1  # of the attacks: raise it if their results change, so that old ones are not reused
 STEPS = {'fgsm': (1, 1), 'pgd10': (1 / 4, 10), 'pgd20': (1 / 10, 20), 'pgd100': (1 / 4, 100),
          'ls': (1 / 10, 20)}  # step size divided by epsilon, number of steps
 AUTOATTACK = {'apgd-ce': 'apgd', 'apgd-t': 'apgd_targeted', 'fab-t': 'fab', 'square': 'square'}
@@ -76,8 +77,8 @@ def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, rand
 
     x: images (B, C, H, W) in [0, 1]; y: labels (B,). Returns x_adv, within epsilon of x and in
     [0, 1]. logit_scale=10 is the logit scaling attack (LS); num_steps=1, step_size=epsilon and
-    random_start=False is FGSM. kappa: a tensor (B,), to which the number of iterates is added that
-    are still correct (the start included, x_adv not). The model is attacked in the mode it is in.
+    random_start=False is FGSM. kappa: a tensor (B,) that counts the iterates that are
+    still classified correctly (the start included, x_adv not). The model's mode is left as it is.
     Raises ValueError for images outside [0, 1] and for an epsilon or step_size in another unit.
     """
     check_input(x, epsilon, step_size)
@@ -112,7 +113,7 @@ def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_sca
         adversary = pyautoattack.AutoAttack(model, eps=epsilon, seed=seed, device=x.device)
         part, num_classes = getattr(adversary, AUTOATTACK[attack]), model(x[:1]).shape[1]
         part.targeted, part.n_target_classes = attack == 'fab-t', min(9, num_classes - 1)
-        part.logger = SimpleNamespace(warning=lambda text: None)  # inspect_model has warned
+        part.logger = SimpleNamespace(warning=warnings.warn)
         if attack == 'apgd-t' and num_classes < 4:
             raise ValueError(f'the loss of apgd-t needs at least 4 classes, not {num_classes}')
         x_adv = part.perturb(x.contiguous(), y)
@@ -216,7 +217,7 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     with frozen(model, device), tqdm(total=len(todo), desc=desc, unit='batch', leave=False,
                                      disable=None if desc else True) as bar:
         for i in range(0, len(todo), world_size):
-            mine = None  # this process has no batch at the end
+            mine = None  # in the last round, some processes have no batch
             if i + rank < len(todo):
                 first = todo[i + rank]
                 batch = index[first:first + batch_size]
@@ -271,7 +272,7 @@ def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 2
 def entropy_report(entropies, correct, threshold):
     """The entropy table's numbers, from the entropies and correct (N,) under PGD-20.
 
-    sd_of_w: standard deviation of w with tau = 1 (Eq. 2). An accuracy of no example is NaN.
+    sd_of_w: standard deviation of w with tau = 1 (Eq. 2). The accuracy over no examples is NaN.
     """
     high, mean = entropies > threshold, entropies.mean(dtype=np.float64)
     return {'entropy': float(mean), 'sd_of_w': float(entropies.std(dtype=np.float64) / mean),
@@ -299,8 +300,8 @@ def inspect_model(model, x, y, num_classes):
         checks.check_range_output(model, x, logger=logger)  # the fourth check disables debuggers
     numbers = torch.cat([logits[:16].flatten(), grad[:16].abs().sum((1, 2, 3))]).tolist()
     fingerprint = ' '.join(f'{number:.3g}' for number in numbers)
-    warnings = [text.split(' See flags')[0] for text in messages]
-    return (logits.argmax(1) == y).float().mean().item(), warnings, fingerprint
+    texts = [text.split(' See flags')[0] for text in messages]
+    return (logits.argmax(1) == y).float().mean().item(), texts, fingerprint
 
 
 class Records:
@@ -321,7 +322,7 @@ class Records:
         settings |= self.identity | dict(examples=hashlib.sha256(examples).hexdigest())
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         new = np.full((len(MEASURES), len(examples)), np.nan, np.float32)
-        key, known = gather((key, self.known.get(key, new)))[0]  # rounding may differ elsewhere
+        key, known = gather((key, self.known.get(key, new)))[0]  # fingerprints may differ slightly
         return self.known.setdefault(key, known)
 
     def save(self, now=False):
@@ -339,6 +340,7 @@ def evaluate_row(args, row, rank):
     """Complete a model's row: the outcomes of evaluate_model and the numbers that follow."""
     for text in [] if rank else row['warnings']:
         print(f'Warning: {row["model"]}: {text}', file=sys.stderr)
+    warnings.filterwarnings('ignore', 'there are .* points with zero gradient')  # said just now
     row['outcomes'] = evaluate_model(
         row['network'], row['images'], row['labels'], args.attacks, args.epsilon, args.aa_epsilon,
         args.batch_size, args.seed, args.restarts, args.ls_scale, None if rank else row['model'],
@@ -560,14 +562,14 @@ def parse_args(argv=None):
     add = parser.add_argument
     add('--model-path', nargs='+', required=True, metavar='PATH',
         help='checkpoints, or run directories, whose best.pt is used')
-    add('--names', nargs='+', help='of the models (default: from the paths); those that differ '
-        'only in seedN are averaged as well')
+    add('--names', nargs='+', help='model names (default: from the paths); the results of '
+        'models that differ only in seedN are also averaged')
     add('--arch', help='see models.py; your own FILE.py:NAME (default: read off the weights)')
     add('--normalize', type=models.parse_normalization, metavar='N', help='none, cifar10, cifar100 '
         'or MEAN/STD: how training images were normalized outside the network (default: none)')
     add('--dataset', help=f"{', '.join(data.PROTOCOLS)} or FILE.npz (default: the checkpoint's)")
     add('--data-dir', default='./data', help='folder of the data sets (default: %(default)s)')
-    add('--split', choices=['test', 'train'], default='test', help='(default: test)')
+    add('--split', choices=['test', 'train'], default='test', help='images (default: test)')
     add('--n-examples', type=int, metavar='N', help='only the first N images (default: all)')
     add('--attacks', nargs='+', choices=['clean', *STEPS, 'autoattack', *AUTOATTACK], metavar='A',
         default=list(STEPS), help=f'from the list above (default: {" ".join(STEPS)})')
@@ -576,8 +578,8 @@ def parse_args(argv=None):
     add('--aa-epsilon', type=data.pixels, help='for AutoAttack; paper: 0.031 (default: --epsilon)')
     add('--restarts', type=int, default=1, help='random starts of PGD and LS (default: 1)')
     add('--ls-scale', type=float, default=10.0, help='factor of the logits in LS (default: 10)')
-    add('--batch-size', type=int, default=250, help='(default: 250)')
-    add('--seed', type=int, default=1, help='of the attacks (default: 1)')
+    add('--batch-size', type=int, default=250, help='images per batch (default: 250)')
+    add('--seed', type=int, default=1, help='seed of the attacks (default: 1)')
     add('--no-cuda', action='store_true', help='evaluate on the CPU')
     add('--entropy-threshold', type=float, default=1.5, metavar='T',
         help='entropies above it count as high, in nats (default: 1.5)')
@@ -636,19 +638,19 @@ def prepare(args, device):
         model.to(device, memory_format=getattr(model, 'memory_format', torch.contiguous_format))
         x, y = to_input(model, images[:args.batch_size]), labels[:args.batch_size]
         try:
-            clean, warnings, fingerprint = inspect_model(model, x, y, num_classes)
+            clean, texts, fingerprint = inspect_model(model, x, y, num_classes)
         except Exception as error:  # a user's own network may raise anything
             raise ValueError(f'{path}: the network does not take images {tuple(images.shape[1:])} '
                              f'of {args.dataset}: {error}') from None
         if clean < LOW_CLEAN.get(args.dataset, 0.3) and not saved:
-            warnings.append(f'only {clean:.1%} of the first {len(y)} images are classified '
-                            'correctly; perhaps the network needs --normalize, another --dataset '
-                            'or --arch preactresnet18-raw')
+            texts.append(f'only {clean:.1%} of the first {len(y)} images are classified correctly; '
+                         'perhaps the network needs --normalize, another --dataset or '
+                         '--arch preactresnet18-raw')
         log = os.path.join(os.path.dirname(path), 'log.csv')  # of a run by this project
         rows.append(dict(
             model=name, path=path, about=saved, network=model, images=images, labels=labels,
             n=len(labels), weights=weights, fingerprint=fingerprint, data=checksum,
-            warnings=warnings, log=log if saved and os.path.exists(log) else None))
+            warnings=texts, log=log if saved and os.path.exists(log) else None))
     return rows
 
 

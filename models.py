@@ -140,7 +140,7 @@ class ResNet(Network):
 
 
 class PreActResNet18(Network):
-    """final_bn=False leaves out the normalization before pooling, as early repositories do."""
+    """final_bn=False leaves out the last batch normalization and ReLU, as some repositories do."""
 
     def __init__(self, num_classes=10, in_channels=3, final_bn=True, raw=False):
         super().__init__()
@@ -164,7 +164,7 @@ class WideResNet(Network):
         n, planes = (depth - 4) // 6, [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = conv3x3(in_channels, 16)
         for i in (1, 2, 3):
-            block = nn.Module()  # the official names have a level more: block1.layer.0.conv1
+            block = nn.Module()  # official names have one more level: block1.layer.0.conv1
             block.layer = stack(WideBlock, planes[i - 1], planes[i], n, 1 if i == 1 else 2)
             self.add_module(f'block{i}', block)
         self.bn1, self.fc = nn.BatchNorm2d(planes[3]), nn.Linear(planes[3], num_classes)
@@ -239,7 +239,7 @@ class WideResNetSwish(SwishNetwork):
         super().__init__(planes[3], num_classes, in_channels)
         self.init_conv, self.layer = conv3x3(in_channels, 16), nn.Sequential()
         for i in (1, 2, 3):
-            group = nn.Sequential()  # the official names have a level more: layer.0.block.0.conv_0
+            group = nn.Sequential()  # official names have one more level: layer.0.block.0.conv_0
             group.block = stack(SwishBlock, planes[i - 1], planes[i], n, 1 if i == 1 else 2)
             self.layer.append(group)
 
@@ -262,7 +262,7 @@ class PreActResNet18Swish(SwishNetwork):
 class SmallCNN(Network):
     """TRADES' MNIST network, for 28 x 28 images.
 
-    The initialisation matters: with PyTorch's default, training stays at chance level for long.
+    The initialization matters: with PyTorch's default, training stays at chance for a long time.
     """
 
     def __init__(self, num_classes=10, in_channels=1):
@@ -438,7 +438,7 @@ class Inert(dict):
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds tensors and plain containers. No name in the file is looked up or imported."""
+    """Builds tensors and plain containers; every other object becomes Inert. Imports nothing."""
     known = {('collections', 'OrderedDict'): OrderedDict, ('torch', 'Size'): torch.Size,
              ('torch', 'device'): torch.device,
              **{('torch', k): v for k, v in vars(torch).items() if isinstance(v, torch.dtype)},
@@ -483,7 +483,7 @@ def load(path):
 
 
 def find_state_dict(content, expected=()):
-    """The weights in a checkpoint, averaged ones first, and the (mean, std) beside them or None.
+    """The weights in a checkpoint, averaged ones if it has them; the (mean, std) with them or None.
 
     Prefixes such as 'module.' are removed, unless they belong to the expected names.
     """
@@ -495,7 +495,7 @@ def find_state_dict(content, expected=()):
                             if isinstance(content.get(k), dict) and content[k]), {})
     state = {k: v for k, v in content.items() if k != 'n_averaged'}  # AveragedModel's
     if not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise ValueError('holds no state_dict: save one by torch.save(model.state_dict(), FILE)')
+        raise ValueError('holds no state_dict: save one with torch.save(model.state_dict(), FILE)')
     normalization = None
     for mean in [k for k in state if re.search(r'(^|\.)(mean|mu)$', k) and k not in expected]:
         std = re.sub('mean$', 'std', re.sub('mu$', 'sigma', mean))
@@ -587,7 +587,7 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
             model = build_model(arch or found, classes, *options)
         inside = load_weights(model, content, arch or found)
         if inside and normalize:
-            raise ValueError('has a normalization of its own, beside --normalize')
+            raise ValueError('normalizes its input already: omit --normalize')
         if inside or normalize:
             model = Normalized(model, *(inside or normalize))
     except ValueError as error:
@@ -613,7 +613,7 @@ def perturb_weights(model, gamma):
     """Adversarial weight perturbation (Wu et al., 2020): w += gamma ||w|| / ||g|| g, g = w.grad.
 
     Moves the weights of convolutions and linear layers; returns what restore_weights takes back.
-    The official proxy network amounts to this: its learning rate cancels in the normalisation.
+    The official proxy network amounts to this: its learning rate cancels in the normalization.
     """
     kept = [(m.weight, m.weight.detach().clone()) for m in model.modules()
             if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.grad is not None]

@@ -581,6 +581,12 @@ def test_the_model_must_return_logits(name):
         refuses('not logits', name, model, x, 0 * y, perturb_steps=0)
 
 
+@every_script
+def test_reduction_must_be_mean_or_sum(name):
+    with pytest.raises(KeyError, match='none'):
+        loss_of(name, *problem(), reduction='none')
+
+
 @pytest.mark.parametrize('name', ['mart', 'gairat'])
 def test_labels_must_be_indices(name):
     model, x, y = problem()

@@ -567,7 +567,7 @@ MISTAKES = [('at', *case) for case in [
     ('--epsilon 8', '8/255'), ('--epsilon 8/0', '8/255'), ('--epsilon 0', '0'), ('--seed -1', '-'),
     ('--step-size -1', '-1'), ('--momentum x', 'x'), ('--momentum -1', 'momentum'),
     ('--ema 1', 'ema'), ('--wd -1', 'weight'), ('--awp-gamma -1', 'awp-gamma'),
-    ('--lr-milestones 5 3', 'rise'), ('--lr-milestones 5 5', 'rise'),
+    ('--lr-milestones 5 3', 'increasing'), ('--lr-milestones 5 5', 'increasing'),
     ('--lr-milestones -1', 'milestones'), ('--compile fast', 'fast'),
     ('--lr-schedule step', 'step'), ('--train-size 53', '52'), ('--test-size 21', '20'),
     ('--val-size 12', 'multiple'), ('--val-size 50', '50'), ('--val-size -5', 'val-size'),
@@ -614,7 +614,7 @@ def test_invalid_images_are_refused(changed, told):
 
 @pytest.mark.parametrize('dataset, values', [
     ('cifar10', ['8/255', '2/255', '110', '0.1', 'preactresnet18']),
-    ('digits', ['0.1', '0.025', '20', '0.02', 'smallcnn'])])
+    ('digits', ['0.1', '0.025', '20', '0.02', 'smallcnn', '0'])])
 @every_algorithm
 def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values, monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')
@@ -1146,7 +1146,7 @@ def test_a_normalization_in_the_file_is_used(names, network):
     torch.save(state, 'a.pt')
     expected = network((x - torch.tensor(CIFAR10[0])[:, None, None]) / 0.5)
     torch.testing.assert_close(models.load_model('a.pt')(x), expected)
-    refuses('^a.pt: .*normalization', models.load_model, 'a.pt', normalize=CIFAR10)
+    refuses('^a.pt: .*omit --normalize', models.load_model, 'a.pt', normalize=CIFAR10)
     refuses('^a.pt: .*normalization', models.start_from, network, 'a.pt')
     torch.save(state | {std: torch.tensor([0.0])}, 'a.pt')
     refuses('^a.pt: .*normalized', models.load_model, 'a.pt')
@@ -1560,6 +1560,7 @@ def test_autoattack_matches_the_standard_version_of_the_package(num_classes, eps
 
 
 @pytest.mark.parametrize('num_classes', [5, 10])
+@pytest.mark.filterwarnings('ignore:there are .* zero gradient')
 def test_apgd_t_targets_every_other_class(num_classes):
     """Only the least likely class is within reach."""
     bias = -torch.arange(num_classes).float()
@@ -1574,6 +1575,14 @@ def test_apgd_t_with_three_classes_is_an_error():
     model, images, labels = linear(3)
     with pytest.raises(ValueError, match='at least 4 classes'):
         evaluate.run_attack('apgd-t', model, data.to_float(images), labels, 0.1)
+
+
+def test_autoattack_warns_of_zero_gradients():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).requires_grad_(False)
+    model[1].weight.zero_()
+    x = data.to_float(digits(3)[0])
+    with pytest.warns(UserWarning, match='3 points with zero gradient'):
+        evaluate.run_attack('apgd-t', model, x, model(x).argmax(1), 0.1)
 
 
 # ---------------------------------------------------------------- metrics

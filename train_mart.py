@@ -112,7 +112,7 @@ def mart_loss(model, x_natural, y, optimizer, step_size=0.007, epsilon=0.031, pe
                   reduction='none', log_target=True).sum(1)
     p_y = F.softmax(logits, dim=1).gather(1, y.long()[:, None]).squeeze(1)
     losses = (1 + w) * bce + (beta + w) * kl * (1.0000001 - p_y)
-    return losses.sum() if reduction == 'sum' else losses.mean()
+    return {'mean': losses.mean, 'sum': losses.sum}[reduction]()
 
 
 def add_algorithm_args(parser):
@@ -153,7 +153,7 @@ def parse_args(argv):
         formatter_class=data.HelpFormatter, epilog='Add --dataset NAME to see the defaults for it.')
     add = parser.add_argument
     add_algorithm_args(parser)
-    add('--entropy-weight', action='store_true', help='EWAT: add w to the coefficients on x_adv')
+    add('--entropy-weight', action='store_true', help='EWAT: weight the loss on x_adv by entropy')
     add('--tau', type=float, default=1.0, help='temperature of the entropy; inf: control, w = 1')
     add('--epsilon', type=data.pixels, metavar='E', help='L-infinity radius')
     add('--step-size', type=data.pixels, metavar='S', help='step size of the attack')
@@ -165,8 +165,9 @@ def parse_args(argv):
     add('--val-size', type=int, default=0, metavar='N',
         help='select best.pt on N held-out training images instead of the test images')
     add('--augment', choices=['none', 'crop', 'crop-flip'], help='data augmentation')
-    add('--extra-data', metavar='FILE.npz', help='extra images: image uint8 (N, H, W, C), label')
-    add('--extra-fraction', type=float, default=0.7, metavar='F', help='share of extra images')
+    add('--extra-data', metavar='FILE.npz', help='extra images, with keys image and label')
+    add('--extra-fraction', type=float, default=0.7, metavar='F',
+        help='share of extra images in each batch')
     add('--arch', help=models.ARCHS)
     add('--init-from', metavar='FILE', help='start from the weights in this checkpoint')
     add('--epochs', type=int, metavar='N', help='passes over the training images')
@@ -180,16 +181,16 @@ def parse_args(argv):
     add('--weight-decay', '--wd', type=float, metavar='WD', help='weight decay of SGD')
     add('--awp-gamma', type=float, default=0.0, metavar='G',
         help='adversarial weight perturbation, e.g. 0.005 for TRADES and 0.01 for AT')
-    add('--awp-warmup', type=int, default=10, metavar='N', help='epochs without AWP at first')
+    add('--awp-warmup', type=int, default=10, metavar='N', help='initial epochs without AWP')
     add('--ema', type=float, metavar='DECAY',
-        help='average the weights, e.g. 0.995, and select best.pt by their average')
+        help='decay of averaged weights, e.g. 0.995, which then select best.pt')
     add('--amp', action=argparse.BooleanOptionalAction,
         help='run the network in bfloat16 (default: if the GPU supports it)')
     add('--compile', nargs='?', const='default', help='torch.compile the network', choices=[
         'default', 'reduce-overhead', 'max-autotune'])
     add('--seed', type=int, default=1, help='seed of all random numbers')
-    add('--model-dir', metavar='DIR', help='must not contain a run (default: in runs/, named after '
-        'all flags that change the result)')
+    add('--model-dir', metavar='DIR', help='where to save; must not contain a run (default: '
+        'in runs/, named after all flags that change the result)')
     add('--resume', metavar='DIR', help='continue the run in this directory')
     add('--save-every-minutes', type=float, default=15, metavar='M',
         help='minutes between saves, also within an epoch')
@@ -221,7 +222,8 @@ def parse_args(argv):
     for holds, message in (
             (args.entropy_weight or '--tau' not in given, '--tau needs --entropy-weight'),
             (args.tau > 0 and args.lr > 0, '--tau and --lr must be above 0'),
-            (milestones == sorted({n for n in milestones if n > 0}), '--lr-milestones must rise'),
+            (milestones == sorted({n for n in milestones if n > 0}),
+             '--lr-milestones must be positive and increasing'),
             (args.ema is None or 0 < args.ema < 1, '--ema must lie between 0 and 1'),
             ((vars(args).get('begin_epoch') or 0) <= args.epochs, '--begin-epoch exceeds --epochs'),
             (not args.extra_data or 0.5 < num_extra < args.batch_size - 0.5,
@@ -261,7 +263,7 @@ def require_grad(weights, wanted):
 def backward(model, loss, batch_size):
     """Backpropagate the mean over the whole batch; loss: this process's sum. Returns the total."""
     (loss / batch_size).backward()
-    if dist.is_initialized():  # one message for all gradients
+    if dist.is_initialized():  # one all-reduce for all gradients
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = all_reduce(torch.cat([g.flatten() for g in grads]))
         for g, part in zip(grads, flat.split([g.numel() for g in grads])):
@@ -314,7 +316,7 @@ def main(argv=None):
                 print(text, flush=True)
 
     try:
-        if world > 1:  # gloo as well, so that asking for signals does not wait for the GPU
+        if world > 1:  # gloo as well, so that polling for signals does not wait for the GPU
             dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
         if rank > 0:
             dist.barrier()  # the first process downloads what is missing
@@ -419,7 +421,7 @@ def main(argv=None):
                 os.write(2, b'stopping after this step; press again to stop now\n')
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, ask_to_stop)
 
     say(f'{ALGORITHM}{" with entropy weights" * args.entropy_weight}: {args.arch}, '
@@ -479,7 +481,7 @@ def main(argv=None):
                 loss = total.item() / min(step * args.batch_size, num_images)
                 if not (math.isfinite(loss) and all(p.isfinite().all() for p in weights)):
                     sys.exit(f'the loss or a weight is not finite by step {step} of epoch '
-                             f'{epoch + 1}; last.pt holds an earlier step. Try a lower --lr')
+                             f'{epoch + 1}; last.pt is unchanged. Try a lower --lr')
                 bar.set_postfix(loss=f'{loss:.3f}')
                 if bar.disable and not last:
                     say(f'epoch {epoch + 1}, step {step}/{num_steps}: loss {loss:.3f}')

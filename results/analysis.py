@@ -17,16 +17,11 @@ from sklearn.metrics import roc_auc_score
 
 HERE = Path(__file__).parent
 COLOURS = {'AT': '#0072B2', 'TRADES': '#D55E00', 'MART': '#009E73', 'GAIRAT': '#CC79A7'}
-PAPER_GAIN = 0.4  # points, the paper's smallest gain on CIFAR-10: less counts as no difference
-# Column, measure, sign (1: high means robust), and the column whose correct examples it is judged
-# on; among all examples, the margin of f(x_adv) would be right by construction.
-MEASURES = {'entropy of f(x)': ('clean', 'entropy', -1, 'clean'),
-            '1 - p_y(x)': ('clean', 'p_wrong', -1, 'clean'),
-            'margin of f(x)': ('clean', 'margin', 1, 'clean'),
-            'kappa': ('pgd20', 'kappa', 1, 'clean'),
-            'entropy of f(x_adv)': ('pgd20', 'entropy', -1, 'clean'),
-            'entropy of f(x_adv), survivors': ('pgd20', 'entropy', -1, 'pgd20'),
-            'margin of f(x_adv), survivors': ('pgd20', 'margin', 1, 'pgd20')}
+PAPER_GAIN = 0.4  # points, the paper's smallest AutoAttack gain on CIFAR-10 without extra data
+MEASURES = {'entropy of f(x)': ('clean', 'entropy', -1), '1 - p_y(x)': ('clean', 'p_wrong', -1),
+            'margin of f(x)': ('clean', 'margin', 1), 'kappa': ('pgd20', 'kappa', 1),
+            'entropy of f(x_adv)': ('pgd20', 'entropy', -1),
+            'margin of f(x_adv)': ('pgd20', 'margin', 1)}  # column, name, 1 if high means robust
 plt.rcParams.update({'font.size': 7, 'legend.fontsize': 6, 'legend.frameon': False,
                      'axes.grid': True, 'grid.linewidth': 0.3, 'pdf.fonttype': 42})
 
@@ -43,7 +38,9 @@ def load():
             key = path.parent.name, row['model'].split('-seed')[0], int(seed[1] if seed else 1)
             run = runs.setdefault(key, {'dose': np.nan})
             run['accuracy'] = 100 * row['accuracy']['worst']
-            run['dose'] = doses.get(row['model'], row['report'].get('sd_of_w', run['dose']))
+            if 'tau' not in row['model']:  # the report's is that of tau = 1
+                run['dose'] = row['report'].get('sd_of_w', run['dose'])
+            run['dose'] = doses.get(row['model'], run['dose'])
             for measure in file.keys() & {'correct', 'entropy', 'margin', 'p_wrong', 'kappa'}:
                 run |= {(column, measure): file[measure][i, j].astype(float)
                         for j, column in enumerate(file['columns'])}
@@ -87,13 +84,17 @@ def differences(runs):
 
 def forest(rows):
     """Figure of the differences, with their intervals and the paper's smallest gain."""
-    fig, ax = plt.subplots(figsize=(3.5, 0.6 + 0.17 * len(rows)), layout='constrained')
-    ax.axvspan(-PAPER_GAIN, PAPER_GAIN, color='0.85')
-    for y, (_, method, name, _, mean, half, _, _) in enumerate(rows):
-        ax.errorbar(mean, y, xerr=np.nan_to_num(half), fmt='o', markersize=3.5,
-                    color=COLOURS[method], fillstyle='full' if name == 'control' else 'none')
-    ax.set_yticks(range(len(rows)), [f'{e}: EW-{m} minus {n} ({k})' for e, m, n, *_, k in rows])
-    ax.set(xlabel='difference in points', ylim=(len(rows) - 0.5, -0.5))
+    panels = {e: [row for row in rows if row[0] == e] for e, *_ in rows}
+    fig, axes = plt.subplots(len(panels), figsize=(3.5, 0.8 + 0.17 * len(rows)), squeeze=False,
+                             layout='constrained', height_ratios=[*map(len, panels.values())])
+    for ax, (experiment, shown) in zip(axes.flat, panels.items()):
+        ax.axvspan(-PAPER_GAIN, PAPER_GAIN, color='0.85')
+        for y, (_, method, name, _, mean, half, _, _) in enumerate(shown):
+            ax.errorbar(mean, y, xerr=np.nan_to_num(half), fmt='o', markersize=3.5,
+                        color=COLOURS[method], fillstyle='full' if name == 'control' else 'none')
+        ax.set_yticks(range(len(shown)), [f'EW-{m} minus {n} ({k})' for _, m, n, *_, k in shown])
+        ax.set(title=experiment, ylim=(len(shown) - 0.5, -0.5))
+    axes[-1, 0].set_xlabel('difference in points')
     save(fig, 'differences')
 
 
@@ -123,25 +124,32 @@ def dose_response(runs):
 
 
 def premise(runs):
-    """AUC: how well each measure of an example predicts that it withstands the worst case."""
+    """AUC: how well each measure of an example predicts that it withstands the worst case.
+
+    Judged among the examples that are classified correctly, and among those of them that withstand
+    PGD-20 (survivors). Among the former, the margin of f(x_adv) is right by construction.
+    """
     rows = []
     for (experiment, method, seed), run in runs.items():
         if method in COLOURS and ('clean', 'entropy') in run and seed == 1:
-            chosen = {among: run[among, 'correct'] == 1 for among in ('clean', 'pgd20')}
-            rows.append((experiment, method, [
-                roc_auc_score(run['worst'][chosen[among]], sign * run[column, name][chosen[among]])
-                for column, name, sign, among in MEASURES.values()]))
+            correct = run['clean', 'correct'] == 1
+            for among, chosen in (('correctly classified', correct),
+                                  ('PGD-20 survivors', correct & (run['pgd20', 'correct'] == 1))):
+                aucs = [roc_auc_score(run['worst'][chosen], sign * run[column, name][chosen])
+                        for column, name, sign in MEASURES.values()]
+                aucs[-1] = np.nan if chosen is correct else aucs[-1]
+                rows.append((experiment, method, among, aucs))
     table('AUC: how well each measure predicts that an example withstands the worst case',
-          ['experiment', 'method', *MEASURES],
-          [(e, m, *(f'{auc:.2f}' for auc in aucs)) for e, m, aucs in rows])
-    fig, ax = plt.subplots(figsize=(3.5, 2.2), layout='constrained')
-    for experiment, method, aucs in rows:
-        if experiment == 'cifar10':
+          ['experiment', 'method', 'among', *MEASURES],
+          [(*names, *(f'{auc:.2f}' for auc in aucs)) for *names, aucs in rows])
+    fig, axes = plt.subplots(1, 2, figsize=(5.5, 2), layout='constrained', sharey=True)
+    for ax, among in zip(axes, ('correctly classified', 'PGD-20 survivors')):
+        for _, method, _, aucs in [r for r in rows if (r[0], r[2]) == ('cifar10', among)]:
             ax.plot(aucs, range(len(aucs)), 'o', fillstyle='none', markersize=4, label=method,
                     color=COLOURS[method])
-    ax.set_yticks(range(len(MEASURES)), MEASURES)
-    ax.set(xlabel='AUC', xlim=(0.5, 1), ylim=(len(MEASURES) - 0.5, -0.5))
-    fig.legend(loc='outside upper center', ncols=4)
+        ax.set_yticks(range(len(MEASURES)), MEASURES)
+        ax.set(xlabel='AUC', title=f'among {among}', xlim=(0.45, 1), ylim=(5.5, -0.5))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4)
     save(fig, 'cifar10/auc')
 
 
