@@ -568,6 +568,7 @@ MISTAKES = [('at', *case) for case in [
     ('--step-size -1', '-1'), ('--momentum x', 'x'), ('--momentum -1', 'momentum'),
     ('--ema 1', 'ema'), ('--wd -1', 'weight'), ('--awp-gamma -1', 'awp-gamma'),
     ('--lr-milestones 5 3', 'increasing'), ('--lr-milestones 5 5', 'increasing'),
+    ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
     ('--lr-milestones -1', 'milestones'), ('--compile fast', 'fast'),
     ('--lr-schedule step', 'step'), ('--train-size 53', '52'), ('--test-size 21', '20'),
     ('--val-size 12', 'multiple'), ('--val-size 50', '50'), ('--val-size -5', 'val-size'),
@@ -614,7 +615,7 @@ def test_invalid_images_are_refused(changed, told):
 
 @pytest.mark.parametrize('dataset, values', [
     ('cifar10', ['8/255', '2/255', '110', '0.1', 'preactresnet18']),
-    ('digits', ['0.1', '0.025', '20', '0.02', 'smallcnn', '0'])])
+    ('digits', ['0.1', '0.04', '14', '0.05', 'onecycle', 'smallcnn', '0'])])
 @every_algorithm
 def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values, monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')

@@ -211,6 +211,8 @@ def parse_args(argv):
             (args.tau > 0 and args.lr > 0, '--tau and --lr must be above 0'),
             (milestones == sorted({n for n in milestones if n > 0}),
              '--lr-milestones must be positive and increasing'),
+            (args.lr_schedule == 'multistep' or '--lr-milestones' not in given,
+             '--lr-milestones needs --lr-schedule multistep'),
             (args.ema is None or 0 < args.ema < 1, '--ema must lie between 0 and 1'),
             ((vars(args).get('begin_epoch') or 0) <= args.epochs, '--begin-epoch exceeds --epochs'),
             (not args.extra_data or 0.5 < num_extra < args.batch_size - 0.5,
