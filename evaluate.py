@@ -51,9 +51,9 @@ STANDARD = {'aa: apgd-ce': 'apgd-ce', 'aa: + apgd-t': 'apgd-t', 'aa: + fab-t': '
 MEASURES = 'correct', 'entropy', 'margin', 'p_wrong', 'kappa'
 LOW_CLEAN = {'mnist': 0.9, 'digits': 0.9, 'cifar10': 0.6, 'cifar100': 0.3}
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish: a fixed one for each method
-COLOURS = {'at': '#0072B2', 'trades': '#D55E00', 'mart': '#009E73', 'gairat': '#CC79A7'}
-OTHER_COLOURS = '#E69F00', '#56B4E9', '#000000', '#B8A800'
+# Okabe and Ito's colors, which color-blind readers can distinguish: a fixed one for each method
+COLORS = {'at': '#0072B2', 'trades': '#D55E00', 'mart': '#009E73', 'gairat': '#CC79A7'}
+OTHER_COLORS = '#E69F00', '#56B4E9', '#000000', '#B8A800'
 LINES, MARKERS = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))), 'os^DvP'
 WRITTEN = {'clean': 'clean accuracy', 'pgd10': 'PGD-10 accuracy', 'entropy': 'PGD-10 entropy',
            'pgd20': 'PGD-20', 'worst': 'worst case', 'autoattack': 'AutoAttack'}
@@ -364,7 +364,7 @@ def group_seeds(rows):
 
     The plain method has the first line and marker, then entropy weights, the control (tau = inf).
     """
-    names, found, variants, colours = {}, [], set(), dict(COLOURS)
+    names, found, variants, colors = {}, [], set(), dict(COLORS)
     for row in rows:
         names.setdefault(re.sub(r'[-_ ]?seed[-_ ]?\d+', '*', row['model']), []).append(row)
     for name, group in names.items():
@@ -375,8 +375,8 @@ def group_seeds(rows):
         while (method, variant) in variants:
             variant += 1
         variants.add((method, variant))
-        colour = colours.setdefault(method, OTHER_COLOURS[len(colours) % 4])
-        found.append(SimpleNamespace(label=label, rows=group, method=method, colour=colour,
+        color = colors.setdefault(method, OTHER_COLORS[len(colors) % 4])
+        found.append(SimpleNamespace(label=label, rows=group, method=method, color=color,
                                      line=LINES[variant % 6], marker=MARKERS[variant % 6]))
     return found
 
@@ -469,7 +469,7 @@ def plot_entropy_histogram(path, args, rows, groups):
             ax = axes[methods.index(group.method)]
             h = np.clip([row['outcomes']['pgd20']['entropy'] for row in group.rows], 0, edges[-1])
             ax.stairs(100 * np.histogram(h, edges)[0] / h.size, edges, label=group.label,
-                      color=group.colour, linestyle=group.line)
+                      color=group.color, linestyle=group.line)
             ax.axvline(args.entropy_threshold, color='0.5', linewidth=0.6)
             ax.set(xlabel='entropy on PGD-20 examples (nats)')
             ax.legend()
@@ -485,7 +485,7 @@ def plot_entropy_vs_robustness(path, args, rows, groups):
             points = 100 * np.array([(row['report']['high_entropy'], row['accuracy'][attack])
                                      for row in group.rows])
             xerr, yerr = points.std(0, ddof=1) if len(points) > 1 else (None, None)
-            ax.errorbar(*points.mean(0), yerr, xerr, group.marker, color=group.colour,
+            ax.errorbar(*points.mean(0), yerr, xerr, group.marker, color=group.color,
                         fillstyle='full' if group.marker == 'o' else 'none', elinewidth=0.6,
                         label=group.label)
         ax.set(xlabel=f'PGD-20 examples with entropy above {args.entropy_threshold:g} nats (%)',
@@ -501,11 +501,11 @@ def plot_pgd_vs_worst(path, args, rows, groups):
             for attack in [k for k in marks if k in rows[0]['accuracy']]:
                 seeds = [100 * row['accuracy'][attack] for row in group.rows]
                 mean[attack] = np.mean(seeds)
-                look = dict(color=group.colour, fillstyle='none' if attack == 'pgd20' else 'full')
+                look = dict(color=group.color, fillstyle='none' if attack == 'pgd20' else 'full')
                 ax.plot(seeds, [i] * len(seeds), marks[attack], markersize=2, **look)
                 ax.plot(mean[attack], i, marks[attack], **look)
             ends = mean['worst'], mean['pgd20']
-            ax.plot(ends, [i, i], color=group.colour, linestyle=group.line)
+            ax.plot(ends, [i, i], color=group.color, linestyle=group.line)
             ax.annotate(f'{ends[1] - ends[0]:.1f}', (ends[0], i), (4, 3), fontsize=6,
                         textcoords='offset points')
         for attack in mean:
@@ -522,7 +522,7 @@ def plot_training_curves(path, args, rows, groups):
             for row in [row for row in group.rows if row['log']]:
                 log = np.genfromtxt(row['log'], delimiter=',', names=True)
                 for ax, column in zip(axes, ('clean', 'pgd10', 'entropy')):
-                    ax.plot(log['epoch'], log[column], '.', markersize=2, color=group.colour,
+                    ax.plot(log['epoch'], log[column], '.', markersize=2, color=group.color,
                             linestyle=group.line, label=group.label * (row is group.rows[0]))
                     ax.set(ylabel=WRITTEN[column])
         axes[2].set(xlabel='epoch')
@@ -547,8 +547,8 @@ def plot_tsne(path, args, rows, groups):
                     predict(model, x_adv)
             tsne = TSNE(perplexity=min(30, (len(y) - 1) / 3), init='pca', random_state=args.seed)
             points = tsne.fit_transform(np.concatenate(inputs))
-            for k, marker, colour in zip((0, 1), 'o^', COLOURS.values()):
-                ax.scatter(*points[y == k].T, s=5, c=colour, marker=marker, label=args.classes[k])
+            for k, marker, color in zip((0, 1), 'o^', COLORS.values()):
+                ax.scatter(*points[y == k].T, s=5, c=color, marker=marker, label=args.classes[k])
             ax.set(title=group.label, xticks=[], yticks=[])
 
 

@@ -83,7 +83,7 @@ def reference_losses(name, z, z_adv, y, w, kappa=None, beta=None, psi=None):
 
 
 def objective(name, model, x, x_adv, y):
-    """What the attack maximises, for one example as a batch of one."""
+    """What the attack maximizes, for one example as a batch of one."""
     log_q = model(x_adv).log_softmax(1)[0]
     log_p = model(x).detach().log_softmax(1)[0]
     return (log_p.exp() * (log_p - log_q)).sum() if name == 'trades' else -log_q[y]
@@ -418,7 +418,7 @@ def test_attack_and_kappa_match_a_loop_over_examples(name, steps):
 
 
 @every_script
-def test_attack_stays_in_the_ball_and_raises_what_it_maximises(name):
+def test_attack_stays_in_the_ball_and_raises_what_it_maximizes(name):
     model, x, y = problem(16)
     start = drawn_start(name, x)
 

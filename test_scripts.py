@@ -78,7 +78,7 @@ plain = lambda num_classes, p=0: nn.Sequential(
 dropout = lambda num_classes: plain(num_classes, 0.2)
 detach, change, tuple = (lambda num_classes, f=f: Net(num_classes, f) for f in (
     'detach', 'change', 'tuple'))
-eleven, coloured, empty, number = lambda: Net(11), lambda: nn.Conv2d(3, 5, 8), nn.Flatten, lambda: 5
+eleven, colored, empty, number = lambda: Net(11), lambda: nn.Conv2d(3, 5, 8), nn.Flatten, lambda: 5
 raises = lambda: 1 / 0
 """
 
@@ -388,7 +388,7 @@ def test_a_signal_saves_and_says_how_to_continue(algorithm, number, step, runs, 
     """The last step of an epoch is saved before its evaluation."""
     with hooks(kill(number, step)):
         out, _ = train(algorithm, NET, '--entropy-weight', status=128 + number)
-    assert out.splitlines()[-1].endswith('--resume run') and 'again' in capfd.readouterr().err
+    assert out.splitlines()[-1].endswith('--resume run') and 'at once' in capfd.readouterr().err
     assert 4 * last_of()['epoch'] + last_of()['step'] == step
     train(algorithm, '--resume run --arch net.py:Net')
     assert same_run('run', runs[f'ew-{algorithm}'])
@@ -402,7 +402,7 @@ def test_ctrl_c_in_a_terminal():
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out.splitlines()[-1].endswith('--resume run')
-    assert err.count('\n') == 1 and 'press again to stop now' in err
+    assert err.count('\n') == 1 and 'Ctrl-C stops at once' in err
     assert last_of()['epoch'] > 0
 
 
@@ -577,7 +577,7 @@ MISTAKES = [('at', *case) for case in [
     ('--model-dir /dev/null/run', '/dev/null'), ('--arch smallcnn', '8, 8'),
     ('--arch none.py:Net', 'none.py'), ('--arch net.py:Nope', 'Nope'),
     ('--arch net.py:raises', 'division by zero'), ('--arch net.py:eleven', '11'),
-    ('--arch net.py:coloured', '(1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
+    ('--arch net.py:colored', '(1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
     ('--arch net.py:tuple', 'train mode'), ('--arch net.py:detach', 'gradient'),
     ('--arch net.py:change', 'in-place'), ('--arch net.py:empty', 'weights'), *[
         (f'{flag} {value}', '') for value in ('0', '-1', 'nan', 'many') for flag in (
@@ -592,22 +592,22 @@ def test_a_user_error_gives_one_line_and_writes_nothing(algorithm, flags, told):
     assert told in refused(algorithm, PLAIN, flags)
 
 
-GREY = np.random.default_rng(0).integers(256, size=(52, 8, 8, 1), dtype=np.uint8)
+GRAY = np.random.default_rng(0).integers(256, size=(52, 8, 8, 1), dtype=np.uint8)
 LABELS = np.arange(52) % 5
 
 
 @pytest.mark.parametrize('changed, told', [
-    ({'train_images': GREY.transpose(0, 3, 1, 2)}, '(N, H, W, C)'), ({'class_names': ['a']}, '5'),
-    ({'train_images': GREY % 2}, '0 to 255'), ({'train_images': GREY / 255}, 'float64'),
+    ({'train_images': GRAY.transpose(0, 3, 1, 2)}, '(N, H, W, C)'), ({'class_names': ['a']}, '5'),
+    ({'train_images': GRAY % 2}, '0 to 255'), ({'train_images': GRAY / 255}, 'float64'),
     ({'train_labels': LABELS + 1}, '0 to K - 1'), ({'train_labels': LABELS * 2}, '0 to K - 1'),
     ({'train_labels': LABELS - 1}, 'whole'), ({'train_labels': LABELS * 1.0}, 'whole'),
     ({'test_labels': LABELS}, '(52'), ({'test_labels': LABELS[:20] + 1}, '0 to K - 1'),
-    ({'train_labels': LABELS * 0}, 'K'), ({'test_images': GREY[:20, :7]}, 'differ in shape'),
+    ({'train_labels': LABELS * 0}, 'K'), ({'test_images': GRAY[:20, :7]}, 'differ in shape'),
     ({'test_images': np.array([None] * 20)}, 'test_images'),
-    ({'image': GREY[:30, :7]}, 'extra.npz'), ({'image': GREY[:30] / 255}, 'extra.npz'),
+    ({'image': GRAY[:30, :7]}, 'extra.npz'), ({'image': GRAY[:30] / 255}, 'extra.npz'),
     ({'label': LABELS}, 'extra.npz'), ({'label': LABELS[:30] + 1}, 'extra.npz'),
     ({'label': LABELS[:30] - 1}, 'extra.npz'), ({'label': LABELS[:30] + 0.5}, 'extra.npz'),
-    ({'image': GREY[:0], 'label': LABELS[:0]}, 'extra.npz')])
+    ({'image': GRAY[:0], 'label': LABELS[:0]}, 'extra.npz')])
 def test_invalid_images_are_refused(changed, told):
     own_images(**changed)
     assert told in refused('at', PLAIN, '--extra-data extra.npz')
@@ -628,7 +628,7 @@ def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values, mon
 
 @pytest.mark.parametrize('channels', [1, 3])
 def test_a_custom_network_receives_contiguous_images(channels):
-    images = GREY.repeat(channels, 3)
+    images = GRAY.repeat(channels, 3)
     own_images(train_images=images, test_images=images[:20])
     Path('net.py').write_text(NETS.replace('Conv2d(1', f'Conv2d({channels}'))
     train('at', NET, '--epochs 1 --ema 0.9')
@@ -1358,7 +1358,7 @@ def digits(size):
     return data.load_data('digits', train=False, size=size)
 
 
-def grey(size):
+def gray(size):
     """Images of one pixel, 0.498, all of class 0."""
     return torch.full((size, 1, 1, 1), 127, dtype=torch.uint8), torch.zeros(size).long()
 
@@ -1495,15 +1495,15 @@ def test_ls_finds_what_masked_gradients_hide_from_pgd(scale, ls_scale):
     """
     model = Affine(torch.tensor([[0.0]] + [[1.0]] + [[-1.0]] * 8),
                    torch.tensor([0.0] + [-0.09 - 0.5] + [-1000.0] * 8), scale)
-    pgd = evaluate.evaluate_attack(model, *grey(100), 'pgd20', 0.1)['correct']
-    ls = evaluate.evaluate_attack(model, *grey(100), 'ls', 0.1, ls_scale=ls_scale)['correct']
+    pgd = evaluate.evaluate_attack(model, *gray(100), 'pgd20', 0.1)['correct']
+    ls = evaluate.evaluate_attack(model, *gray(100), 'ls', 0.1, ls_scale=ls_scale)['correct']
     assert pgd.mean() > 0.85 and ls.mean() == 0
 
 
 def test_restarts_never_raise_accuracy():
     """Without a gradient, each random start is misclassified with probability 1/4."""
     model = Affine(torch.tensor([[0.0], [1.0]]), torch.tensor([0.0, -0.05 - 127 / 255]), 1e6)
-    one, three = (evaluate.evaluate_attack(model, *grey(200), 'pgd20', 0.1, restarts=r)
+    one, three = (evaluate.evaluate_attack(model, *gray(200), 'pgd20', 0.1, restarts=r)
                   for r in (1, 3))
     assert 0.65 < one['correct'].mean() < 0.85 and 0.3 < three['correct'].mean() < 0.55
     assert not (three['correct'] & ~one['correct']).any()

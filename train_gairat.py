@@ -5,7 +5,7 @@
     gamma_hat   (1 + tanh(psi + 5 (1 - 2 kappa / K))) / 2, divided by its batch mean
     w           entropy of f(x_adv), divided by its batch mean
 
-x_adv maximises the cross-entropy within epsilon of x in K steps, from a uniform random start. kappa
+x_adv maximizes the cross-entropy within epsilon of x in K steps, from a uniform random start. kappa
 counts the iterates that are still classified correctly, including the start but not the last one:
 an example with a small kappa is fragile and gets a large weight. Before --begin-epoch, all weights
 are 1 (psi = inf).
@@ -79,7 +79,7 @@ def gairat_weights(kappa, num_steps, psi=-1.0):
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """x_adv that maximises CE(f(x_adv), y), by PGD from the start x_adv in eval mode (Eq. 4).
+    """x_adv that maximizes CE(f(x_adv), y), by PGD from the start x_adv in eval mode (Eq. 4).
 
     Returns (x_adv, kappa): x_adv within epsilon of x_natural and in [0, 1]; kappa (B,) in
     [0, perturb_steps].
@@ -435,7 +435,7 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # clusters send SIGTERM twice
         if rank == 0 and sys.stderr:
             with contextlib.suppress(OSError):  # print() is not safe in a signal handler
-                os.write(2, b'stopping after this step; press again to stop now\n')
+                os.write(2, b'saving, then stopping; Ctrl-C stops at once\n')
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP

@@ -5,7 +5,7 @@
     BCE       CE(f(x_adv), y) - log(1 - max_{k != y} p_k(x_adv))
     w         entropy of f(x_adv), divided by its batch mean
 
-x_adv maximises the cross-entropy within epsilon of x, from x plus Gaussian noise (sd 0.001). beta
+x_adv maximizes the cross-entropy within epsilon of x, from x plus Gaussian noise (sd 0.001). beta
 is the paper's lambda.
 
     python train_mart.py --entropy-weight                    # CIFAR-10, PreActResNet-18, one GPU
@@ -66,7 +66,7 @@ def random_start(x_natural, epsilon):
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """x_adv that maximises CE(f(x_adv), y), by PGD from the start x_adv in eval mode.
+    """x_adv that maximizes CE(f(x_adv), y), by PGD from the start x_adv in eval mode.
 
     It lies within epsilon of x_natural and in [0, 1].
     """
@@ -420,7 +420,7 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # clusters send SIGTERM twice
         if rank == 0 and sys.stderr:
             with contextlib.suppress(OSError):  # print() is not safe in a signal handler
-                os.write(2, b'stopping after this step; press again to stop now\n')
+                os.write(2, b'saving, then stopping; Ctrl-C stops at once\n')
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP

@@ -4,7 +4,7 @@
     EW-TRADES   CE(f(x), y) + (beta + w) * KL(f(x) || f(x_adv))
     w           entropy of f(x_adv), divided by its batch mean
 
-x_adv maximises the KL divergence within epsilon of x, from x plus Gaussian noise (sd 0.001).
+x_adv maximizes the KL divergence within epsilon of x, from x plus Gaussian noise (sd 0.001).
 
     python train_trades.py --entropy-weight --beta 5.5                    # CIFAR-10, one GPU
     python train_trades.py --entropy-weight --beta 5.5 --dataset digits   # minutes on a CPU
@@ -67,7 +67,7 @@ def random_start(x_natural, epsilon):
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """x_adv that maximises KL(f(x_natural) || f(x_adv)), from the start x_adv in eval mode (Eq. 6).
+    """x_adv that maximizes KL(f(x_natural) || f(x_adv)), from the start x_adv in eval mode (Eq. 6).
 
     It lies within epsilon of x_natural and in [0, 1]. y is not used.
     """
@@ -419,7 +419,7 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # clusters send SIGTERM twice
         if rank == 0 and sys.stderr:
             with contextlib.suppress(OSError):  # print() is not safe in a signal handler
-                os.write(2, b'stopping after this step; press again to stop now\n')
+                os.write(2, b'saving, then stopping; Ctrl-C stops at once\n')
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP

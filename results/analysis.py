@@ -16,7 +16,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 HERE = Path(__file__).parent
-COLOURS = {'AT': '#0072B2', 'TRADES': '#D55E00', 'MART': '#009E73', 'GAIRAT': '#CC79A7'}
+COLORS = {'AT': '#0072B2', 'TRADES': '#D55E00', 'MART': '#009E73', 'GAIRAT': '#CC79A7'}
 PAPER_GAIN = 0.4  # points, the paper's smallest AutoAttack gain on CIFAR-10 without extra data
 MEASURES = {'entropy of f(x)': ('clean', 'entropy', -1), '1 - p_y(x)': ('clean', 'p_wrong', -1),
             'margin of f(x)': ('clean', 'margin', 1), 'kappa': ('pgd20', 'kappa', 1),
@@ -63,7 +63,7 @@ def table(title, header, rows):
 def differences(runs):
     """EW minus control and EW minus plain for each experiment and method, over common seeds."""
     rows = []
-    for e, m in dict.fromkeys((e, m[3:]) for e, m, _ in runs if m[3:] in COLOURS):
+    for e, m in dict.fromkeys((e, m[3:]) for e, m, _ in runs if m[3:] in COLORS):
         for name, other in (('control', f'{m}, tau inf'), ('plain', m)):
             seeds = [s for s in range(1, 100) if {(e, f'EW-{m}', s), (e, other, s)} <= runs.keys()]
             if not seeds:
@@ -91,7 +91,7 @@ def forest(rows):
         ax.axvspan(-PAPER_GAIN, PAPER_GAIN, color='0.85')
         for y, (_, method, name, _, mean, half, _, _) in enumerate(shown):
             ax.errorbar(mean, y, xerr=np.nan_to_num(half), fmt='o', markersize=3.5,
-                        color=COLOURS[method], fillstyle='full' if name == 'control' else 'none')
+                        color=COLORS[method], fillstyle='full' if name == 'control' else 'none')
         ax.set_yticks(range(len(shown)), [f'EW-{m} minus {n} ({k})' for _, m, n, *_, k in shown])
         ax.set(title=experiment, ylim=(len(shown) - 0.5, -0.5))
     axes[-1, 0].set_xlabel('difference in points')
@@ -113,7 +113,7 @@ def dose_response(runs):
            for seed, p in points.items()])
     fig, ax = plt.subplots(figsize=(3.5, 2.5), layout='constrained')
     for marker, (seed, p) in zip('os^Dv', points.items()):
-        ax.plot(*zip(*p), marker=marker, markersize=3.5, linewidth=0.8, color=COLOURS['AT'],
+        ax.plot(*zip(*p), marker=marker, markersize=3.5, linewidth=0.8, color=COLORS['AT'],
                 fillstyle='none', label=f'seed {seed}')
     middle = np.mean([p[-1][1] for p in points.values()])  # of the control
     ax.axhspan(middle - PAPER_GAIN, middle + PAPER_GAIN, color='0.9')
@@ -131,7 +131,7 @@ def premise(runs):
     """
     rows = []
     for (experiment, method, seed), run in runs.items():
-        if method in COLOURS and ('clean', 'entropy') in run and seed == 1:
+        if method in COLORS and ('clean', 'entropy') in run and seed == 1:
             correct = run['clean', 'correct'] == 1
             for among, chosen in (('correctly classified', correct),
                                   ('PGD-20 survivors', correct & (run['pgd20', 'correct'] == 1))):
@@ -146,7 +146,7 @@ def premise(runs):
     for ax, among in zip(axes, ('correctly classified', 'PGD-20 survivors')):
         for _, method, _, aucs in [r for r in rows if (r[0], r[2]) == ('cifar10', among)]:
             ax.plot(aucs, range(len(aucs)), 'o', fillstyle='none', markersize=4, label=method,
-                    color=COLOURS[method])
+                    color=COLORS[method])
         ax.set_yticks(range(len(MEASURES)), MEASURES)
         ax.set(xlabel='AUC', title=f'among {among}', xlim=(0.45, 1), ylim=(5.5, -0.5))
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4)
