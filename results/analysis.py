@@ -102,7 +102,7 @@ def dose_response(runs):
     """The slope of the worst case against the dose, for each complete seed of EW-AT on CIFAR-10."""
     names = {f'EW-AT, tau {t}': t for t in ('0.1', '0.25', '0.5')} | {
         'EW-AT': '1', 'AT, tau inf': 'inf'}
-    points = {s: [(runs['cifar10', name, s]['dose'] * (tau != 'inf'),
+    points = {s: [(0.0 if tau == 'inf' else runs['cifar10', name, s]['dose'],
                    runs['cifar10', name, s]['accuracy']) for name, tau in names.items()]
               for s in range(1, 6) if {('cifar10', name, s) for name in names} <= runs.keys()}
     slopes = {seed: np.polyfit(*zip(*p), 1)[0] for seed, p in points.items()}
