@@ -502,7 +502,8 @@ def plot_pgd_vs_worst(path, args, rows, groups):
                 seeds = [100 * row['accuracy'][attack] for row in group.rows]
                 mean[attack] = np.mean(seeds)
                 look = dict(color=group.color, fillstyle='none' if attack == 'pgd20' else 'full')
-                ax.plot(seeds, [i] * len(seeds), marks[attack], markersize=2, **look)
+                if len(seeds) > 1:
+                    ax.plot(seeds, [i] * len(seeds), marks[attack], markersize=2, **look)
                 ax.plot(mean[attack], i, marks[attack], **look)
             ends = mean['worst'], mean['pgd20']
             ax.plot(ends, [i, i], color=group.color, linestyle=group.line)
