@@ -29,7 +29,7 @@ CIFAR = dict(arch='preactresnet18', epochs=110, lr=0.1, lr_milestones=[100, 105]
              batch_size=128, epsilon=8 / 255, step_size=2 / 255, num_steps=10, augment='crop-flip')
 MNIST = dict(arch='smallcnn', epochs=100, lr=0.01, lr_milestones=[20, 40], weight_decay=1e-4,
              batch_size=128, epsilon=0.3, step_size=0.01, num_steps=40, augment='none')
-DIGITS = dict(arch='smallcnn', epochs=14, lr=0.05, lr_milestones=[11, 13], weight_decay=1e-4,
+DIGITS = dict(arch='smallcnn', epochs=14, lr=0.03, lr_milestones=[11, 13], weight_decay=1e-4,
               batch_size=32, epsilon=0.1, step_size=0.04, num_steps=4, augment='none',
               lr_schedule='onecycle')
 PROTOCOLS = {'cifar10': CIFAR, 'cifar100': CIFAR, 'mnist': MNIST, 'digits': DIGITS}

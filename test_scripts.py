@@ -615,7 +615,7 @@ def test_invalid_images_are_refused(changed, told):
 
 @pytest.mark.parametrize('dataset, values', [
     ('cifar10', ['8/255', '2/255', '110', '0.1', 'preactresnet18']),
-    ('digits', ['0.1', '0.04', '14', '0.05', 'onecycle', 'smallcnn', '0'])])
+    ('digits', ['0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn', '0'])])
 @every_algorithm
 def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values, monkeypatch):
     monkeypatch.setenv('COLUMNS', '80')
