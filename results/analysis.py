@@ -40,7 +40,7 @@ def load():
             run['accuracy'] = 100 * row['accuracy']['worst']
             if 'tau' not in row['model']:  # the report's is that of tau = 1
                 run['dose'] = row['report'].get('sd_of_w', run['dose'])
-            run['dose'] = doses.get(row['model'], run['dose'])
+            run['dose'] = doses.get('{1}-seed{2}'.format(*key), run['dose'])
             for measure in file.keys() & {'correct', 'entropy', 'margin', 'p_wrong', 'kappa'}:
                 run |= {(column, measure): file[measure][i, j].astype(float)
                         for j, column in enumerate(file['columns'])}
