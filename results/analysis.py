@@ -135,6 +135,8 @@ def premise(runs):
             correct = run['clean', 'correct'] == 1
             for among, chosen in (('correctly classified', correct),
                                   ('PGD-20 survivors', correct & (run['pgd20', 'correct'] == 1))):
+                if len(set(run['worst'][chosen])) < 2:
+                    continue  # an AUC needs both kinds of examples
                 aucs = [roc_auc_score(run['worst'][chosen], sign * run[column, name][chosen])
                         for column, name, sign in MEASURES.values()]
                 aucs[-1] = np.nan if chosen is correct else aucs[-1]
