@@ -78,7 +78,7 @@ def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, rand
     x: images (B, C, H, W) in [0, 1]; y: labels (B,). Returns x_adv, within epsilon of x and in
     [0, 1]. logit_scale=10 is the logit scaling attack (LS); num_steps=1, step_size=epsilon and
     random_start=False is FGSM. kappa: a tensor (B,) that counts the iterates that are
-    still classified correctly (the start included, x_adv not). The model's mode is left as it is.
+    still classified correctly (the start included, x_adv not). The model is attacked in its mode.
     Raises ValueError for images outside [0, 1] and for an epsilon or step_size in another unit.
     """
     check_input(x, epsilon, step_size)
@@ -340,7 +340,7 @@ def evaluate_row(args, row, rank):
     """Complete a model's row: the outcomes of evaluate_model and the numbers that follow."""
     for text in [] if rank else row['warnings']:
         print(f'Warning: {row["model"]}: {text}', file=sys.stderr)
-    warnings.filterwarnings('ignore', 'there are .* points with zero gradient')  # said just now
+    warnings.filterwarnings('ignore', 'there are .* points with zero gradient')  # see inspect_model
     row['outcomes'] = evaluate_model(
         row['network'], row['images'], row['labels'], args.attacks, args.epsilon, args.aa_epsilon,
         args.batch_size, args.seed, args.restarts, args.ls_scale, None if rank else row['model'],
