@@ -59,9 +59,9 @@ def load_data(dataset, data_dir='./data', train=True, size=None):
     {train,test}_labels (N,). Raises ValueError or OSError with one line that names the file.
     """
     images, labels, _ = load_split(dataset, data_dir, train)
-    if size is not None and size > len(images):
-        split = 'training' if train else 'test'
-        raise ValueError(f'{dataset} has {len(images)} {split} images, fewer than {size}')
+    if size is not None and not 1 <= size <= len(images):
+        raise ValueError(f'{dataset} has {len(images)} {"training" if train else "test"} images; '
+                         f'cannot take {size} of them')
     return images[:size].contiguous(), labels[:size].long()
 
 
@@ -194,7 +194,7 @@ def seed(*numbers):
 def split_validation(images, labels, size):
     """Hold out the last size / K images of each of K classes: ((train), (held out))."""
     classes = int(labels.max()) + 1
-    if size % classes or size // classes >= labels.bincount().min():
+    if size % classes or not 0 < size // classes < labels.bincount().min():
         raise ValueError(f'--val-size {size} must be a multiple of {classes}, the number of '
                          'classes, and leave training images of each')
     held = torch.cat([(labels == k).nonzero()[-size // classes:, 0] for k in range(classes)])

@@ -12,7 +12,6 @@ import copy
 import fcntl
 import importlib.util
 import inspect
-import io
 import os
 import pickle
 import re
@@ -411,14 +410,6 @@ def lock(directory):
     except OSError:
         pass  # a file system without locks
     return file
-
-
-def save(content, path):
-    """torch.save, but a crash leaves either the old file or the new one. Raises OSError."""
-    buffer = io.BytesIO()  # torch.save to a full disk would raise an error of its own kind
-    torch.save(content, buffer)
-    with atomic_write(path, 'wb') as f:
-        f.write(buffer.getbuffer())
 
 
 class Inert(dict):

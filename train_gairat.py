@@ -147,6 +147,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import io
 import json
 import math
 import os
@@ -226,15 +227,13 @@ def parse_args(argv):
         parser.error(str(error))
     args = parser.parse_args(argv)
 
-    for name, low in dict(epochs=1, begin_epoch=1, num_steps=1, batch_size=1, train_size=1,
-                          test_size=1, val_size=0, save_freq=0, momentum=0, weight_decay=0,
-                          awp_gamma=0, awp_warmup=0, beta=0, seed=0).items():
-        value = vars(args).get(name)
-        if value is not None and not value >= low:
-            parser.error(f'--{name.replace("_", "-")} must be at least {low}')
     given, milestones = {word.partition('=')[0] for word in argv}, args.lr_milestones
     num_extra = args.extra_fraction * args.batch_size
     for holds, message in (
+            (min(args.epochs, args.num_steps, args.batch_size) >= 1,
+             '--epochs, --num-steps and --batch-size must be at least 1'),
+            (args.awp_gamma >= 0 and args.save_freq >= 0 and vars(args).get('beta', 0) >= 0,
+             '--awp-gamma, --save-freq and --beta must not be negative'),
             (args.entropy_weight or '--tau' not in given, '--tau needs --entropy-weight'),
             (args.tau > 0 and args.lr > 0, '--tau and --lr must be above 0'),
             (milestones == sorted({n for n in milestones if n > 0}),
@@ -242,7 +241,8 @@ def parse_args(argv):
             (args.lr_schedule == 'multistep' or '--lr-milestones' not in given,
              '--lr-milestones needs --lr-schedule multistep'),
             (args.ema is None or 0 < args.ema < 1, '--ema must lie between 0 and 1'),
-            ((vars(args).get('begin_epoch') or 0) <= args.epochs, '--begin-epoch exceeds --epochs'),
+            (vars(args).get('begin_epoch') in (None, *range(1, args.epochs + 1)),
+             '--begin-epoch must lie between 1 and --epochs'),
             (not args.extra_data or 0.5 < num_extra < args.batch_size - 0.5,
              '--extra-fraction must leave room for both kinds of images in a batch'),
             (not saved or ':' not in args.arch or '--arch' in given,
@@ -304,9 +304,9 @@ def test(model, images, labels, args, layout, rank, world):
             x_adv = (x_adv.detach() + args.epsilon / 4 * grad.sign()).clamp(low, high)
         with torch.no_grad():
             logits, logits_adv = model(x), model(x_adv)
-        log_p = F.log_softmax(logits_adv, dim=1).clamp(min=-1e4)
-        log_q = F.log_softmax(logits_adv / args.tau, dim=1).clamp(min=-1e4)
-        h, h_tau = -(log_p.exp() * log_p).sum(1), -(log_q.exp() * log_q).sum(1).double()
+        z = torch.stack([logits_adv, logits_adv / args.tau])
+        log_p = F.log_softmax(z, dim=2).clamp(min=-1e4)
+        h, h_tau = -(log_p.exp() * log_p).sum(2).double()
         sums += torch.stack([v.double().sum() for v in (
             logits.argmax(1) == y, logits_adv.argmax(1) == y, h, h > 1.5, h_tau, h_tau ** 2)])
     model.train()
@@ -412,7 +412,9 @@ def main(argv=None):
         content = dict(about, epoch=epoch, step=step, log=log, total=total.item(),
                        seconds=time.monotonic() - began, state_dict=model.state_dict(),
                        optimizer=optimizer.state_dict(), ema_state_dict=ema and ema.state_dict())
-        unsaved.update(dict.fromkeys(names, content))
+        buffer = io.BytesIO()  # if it cannot be written now, these weights are written later
+        torch.save(content, buffer)
+        unsaved.update(dict.fromkeys(names, buffer))
         try:
             with models.atomic_write(f'{args.model_dir}/config.json') as f:
                 json.dump(json.loads(json.dumps(about), parse_constant=str), f, indent=1)  # inf
@@ -421,10 +423,10 @@ def main(argv=None):
                 writer.writeheader()
                 writer.writerows(log)
             for name in sorted(unsaved, key='last'.__eq__):  # best.pt before last.pt
-                models.save(unsaved[name], f'{args.model_dir}/{name}.pt')
+                with models.atomic_write(f'{args.model_dir}/{name}.pt', 'wb') as f:
+                    f.write(unsaved[name].getbuffer())
                 del unsaved[name]
         except OSError as error:
-            unsaved.update(copy.deepcopy(unsaved))  # the weights in it will change
             say(f'Warning: cannot save in {args.model_dir} ({error.strerror}); training continues')
 
     # on Ctrl-C, kill or a cluster's time limit, the run saves and ends after the current step
@@ -491,8 +493,7 @@ def main(argv=None):
 
             step += 1
             last = step == num_steps
-            look = world == 1 or step % 10 == 0 or last  # for signals to any of the processes
-            asked = look and int(all_reduce(stop, dist.ReduceOp.MAX))
+            asked = int(all_reduce(stop, dist.ReduceOp.MAX))  # by a signal to any of the processes
             due = time.monotonic() > saved_at + 60 * args.save_every_minutes
             if last or asked or due or step % -(-num_steps // 4) == 0:
                 loss = total.item() / min(step * args.batch_size, num_images)
