@@ -12,9 +12,11 @@ Your own data must be an .npz file. To make one from folders of images, one fold
              test_images=images[1], test_labels=test.targets, class_names=train.classes)
 """
 import argparse
+import contextlib
 import math
 import os
 import re
+import sys
 import zlib
 from fractions import Fraction
 
@@ -34,7 +36,7 @@ DIGITS = dict(arch='smallcnn', epochs=14, lr=0.03, lr_milestones=[11, 13], weigh
               lr_schedule='onecycle')
 PROTOCOLS = {'cifar10': CIFAR, 'cifar100': CIFAR, 'mnist': MNIST, 'digits': DIGITS}
 
-# torchvision checks these files only when it downloads and extracts them
+# torchvision checks CIFAR's files whenever it reads them, but not MNIST's
 MNIST_MD5 = {'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb',
              'train-labels-idx1-ubyte': 'a25bea736e30d166cdddb491f175f624',
              't10k-images-idx3-ubyte': '2646ac647ad5339dbf082846283269ea',
@@ -71,7 +73,7 @@ def class_names(dataset, data_dir='./data'):
 
 
 def load_split(dataset, data_dir, train):
-    """Images, labels and the names of the classes. A missing file is downloaded."""
+    """Images, labels and the names of the classes. Missing files are downloaded."""
     if dataset.endswith('.npz'):
         return load_own(dataset, train)
     if dataset == 'digits':  # 1,797 images of 8 x 8, upsampled; every fifth is a test image
@@ -83,25 +85,17 @@ def load_split(dataset, data_dir, train):
         images = (images * 255).round().to(torch.uint8)[chosen]
         return images, torch.tensor(labels)[chosen], [*'0123456789']
     protocol(dataset)  # refuses another name
-    kind = getattr(datasets, dataset.upper())
-    if dataset == 'mnist':
-        folder, files = 'MNIST/raw', MNIST_MD5
-    else:
-        folder, files = kind.base_folder, dict(kind.train_list + kind.test_list)
-        files[kind.meta['filename']] = kind.meta['md5']
-    missing = []
-    for file, md5 in files.items():
-        path = os.path.join(data_dir, folder, file)
-        if not os.path.exists(path):
-            missing.append(path)
-        elif not check_integrity(path, md5):
+    for file, md5 in MNIST_MD5.items() if dataset == 'mnist' else ():
+        path = os.path.join(data_dir, 'MNIST/raw', file)
+        if os.path.exists(path) and not check_integrity(path, md5):
             raise ValueError(f'{path} is damaged: delete it, and it will be downloaded again')
     try:
-        split = kind(data_dir, train=train, download=bool(missing))
+        with contextlib.redirect_stdout(sys.stderr):  # old versions print that nothing is missing
+            split = getattr(datasets, dataset.upper())(data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f'{missing[0]} is missing and could not be downloaded ({reason}); '
-                                '--dataset digits needs no download') from None
+        raise FileNotFoundError(f'{dataset} is missing or damaged in {data_dir} and could not be '
+                                f'downloaded ({reason}); digits needs no download') from None
     images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
     if dataset == 'mnist':
         return images[:, None], labels, [*'0123456789']
