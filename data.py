@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import zlib
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -139,13 +138,10 @@ def load_own(path, train):
 
 def pixels(text):
     """The type of flags such as --epsilon: 8/255 as well as 0.031."""
-    try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        value = 0
-    if not 0 < value <= 1:
+    value, _, unit = text.partition('/')
+    if not 0 < float(value) <= float(unit or 1):
         raise argparse.ArgumentTypeError(f"'{text}' is not in (0, 1]: write 8/255")
-    return value
+    return float(value) / float(unit or 1)
 
 
 def pixels_text(value):
