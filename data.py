@@ -223,10 +223,7 @@ def to_float(images, memory_format=torch.contiguous_format):
     """uint8 -> float32 in [0, 1]."""
     if images.dtype != torch.uint8:
         raise ValueError(f'images must be uint8, not {images.dtype}')
-    x = images.float() / 255
-    if memory_format == torch.contiguous_format:
-        return x.clone(memory_format=memory_format)  # one channel: .contiguous() keeps odd strides
-    return x.contiguous(memory_format=memory_format)
+    return images.to(torch.float32, memory_format=memory_format) / 255
 
 
 def augment(images, how):
