@@ -175,10 +175,8 @@ def run_name(args, parser, algorithm):
 
 def seed(*numbers):
     """Seed from e.g. (seed, epoch, step), so that a resumed run needs no saved random state."""
-    value = int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1)[0])
-    torch.default_generator.manual_seed(value)  # torch.manual_seed takes 100 times as long
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(value)
+    sequence = np.random.SeedSequence([len(numbers), *numbers])
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
 def split_validation(images, labels, size):
