@@ -106,8 +106,6 @@ def load_npz(path, images, labels):
     try:
         with np.load(path) as file:
             x, y = file[images], file[labels]
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such file') from None
     except Exception as error:  # NumPy may raise anything for a damaged file
         raise ValueError(f'{path} is not an .npz with {images} and {labels}: {error}') from None
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or y.shape != (len(x),):
