@@ -14,7 +14,6 @@ Your own data must be an .npz file. To make one from folders of images, one fold
 import argparse
 import contextlib
 import math
-import os
 import re
 import sys
 import zlib
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
 
 # Defaults of the training flags for each data set. CIFAR and MNIST: the paper's; digits: ours.
 CIFAR = dict(arch='preactresnet18', epochs=110, lr=0.1, lr_milestones=[100, 105], weight_decay=5e-4,
@@ -34,12 +32,6 @@ DIGITS = dict(arch='smallcnn', epochs=14, lr=0.03, lr_milestones=[11, 13], weigh
               batch_size=32, epsilon=0.1, step_size=0.04, num_steps=4, augment='none',
               lr_schedule='onecycle')
 PROTOCOLS = {'cifar10': CIFAR, 'cifar100': CIFAR, 'mnist': MNIST, 'digits': DIGITS}
-
-# torchvision checks CIFAR's files whenever it reads them, but not MNIST's
-MNIST_MD5 = {'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb',
-             'train-labels-idx1-ubyte': 'a25bea736e30d166cdddb491f175f624',
-             't10k-images-idx3-ubyte': '2646ac647ad5339dbf082846283269ea',
-             't10k-labels-idx1-ubyte': '27ae3e4e09519cfbb04c329615203637'}
 
 
 def protocol(dataset, epochs=None):
@@ -84,14 +76,10 @@ def load_split(dataset, data_dir, train):
         images = (images * 255).round().to(torch.uint8)[chosen]
         return images, torch.tensor(labels)[chosen], [*'0123456789']
     protocol(dataset)  # refuses another name
-    for file, md5 in MNIST_MD5.items() if dataset == 'mnist' else ():
-        path = os.path.join(data_dir, 'MNIST/raw', file)
-        if os.path.exists(path) and not check_integrity(path, md5):
-            raise ValueError(f'{path} is damaged: delete it, and it will be downloaded again')
     try:
         with contextlib.redirect_stdout(sys.stderr):  # old versions print that nothing is missing
             split = getattr(datasets, dataset.upper())(data_dir, train=train, download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f'{dataset} is missing or damaged in {data_dir} and could not be '
                                 f'downloaded ({reason}); digits needs no download') from None

@@ -1214,15 +1214,22 @@ def test_mnist_and_cifar10():
     ('cifar10', 'cifar-10-batches-py/data_batch_3'), ('cifar100', 'cifar-100-python/test'),
     ('cifar10', 'cifar-10-batches-py/batches.meta'), ('mnist', 'MNIST/raw/train-images-idx3-ubyte'),
     ('mnist', 'MNIST/raw/t10k-labels-idx1-ubyte')])
-def test_a_missing_or_damaged_file_is_named(dataset, file, monkeypatch):
+def test_a_data_set_with_a_missing_or_damaged_file_is_named(dataset, file, monkeypatch):
     monkeypatch.setattr('urllib.request.urlopen', Mock(side_effect=OSError('no network')))
-    missing = rf'^{dataset} is missing or damaged in data .* downloaded \(.+\).*digits'
-    refuses(missing, data.load_data, dataset, 'data')
+    told = rf'^{dataset} is missing or damaged in data .* downloaded \(.+\).*digits'
+    refuses(told, data.load_data, dataset, 'data')
     os.makedirs(os.path.dirname(f'data/{file}'), exist_ok=True)
-    labels = b'\0\0\x08\x01' + (60000).to_bytes(4, 'big') + bytes([200]) * 60000
-    Path(f'data/{file}').write_bytes(labels)  # a file of MNIST's kind, with labels of 200
-    damaged = f'^data/{file} is damaged: delete it' if dataset == 'mnist' else missing
-    refuses(damaged, data.load_data, dataset, 'data')
+    Path(f'data/{file}').write_bytes(bytes(100))
+    refuses(told, data.load_data, dataset, 'data')
+
+
+@pytest.mark.skipif(not (ROOT / 'data/MNIST').is_dir(), reason='needs MNIST in ./data')
+@pytest.mark.parametrize('size', [0, 10, 1000])
+@pytest.mark.parametrize('kind', ['images-idx3', 'labels-idx1'])
+def test_a_file_of_mnist_that_is_cut_is_refused(kind, size):
+    shutil.copytree(ROOT / 'data/MNIST', 'data/MNIST')
+    os.truncate(f'data/MNIST/raw/train-{kind}-ubyte', size)
+    refuses('mnist is missing or damaged in data', data.load_data, 'mnist', 'data')
 
 
 IMAGES, TRUTH = np.full((20, 12, 10, 3), 99, np.uint8), np.arange(20) % 5
