@@ -531,18 +531,14 @@ def load_weights(model, content, name):
 
     Returns the (mean, std) beside them, or None.
     """
-    expected = model.state_dict()
-    state, normalization = find_state_dict(content, expected)
-    state = {k: v for k, v in expected.items() if k.endswith('num_batches_tracked')} | state
-    wrong = [f'{k} is missing' for k in expected if k not in state]
-    wrong += [f'{k} is unexpected' for k in state if k not in expected]
-    wrong += [f'{k} has shape {tuple(state[k].shape)} instead of {tuple(v.shape)}'
-              for k, v in expected.items() if k in state and v.shape != state[k].shape]
-    if wrong:
-        raise ValueError(f'its weights do not fit {name}: {", ".join(wrong[:3])}')
+    state, normalization = find_state_dict(content, model.state_dict())
     if not all(v.isfinite().all() for v in state.values()):
         raise ValueError('its weights are not finite: the training diverged')
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f'its weights do not fit {name}: {reason}') from None
     return normalization
 
 
