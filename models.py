@@ -502,28 +502,25 @@ def find_state_dict(content, expected=()):
 
 def infer_arch(state):
     """(arch, num_classes, in_channels, final_bn) of a state_dict; ValueError if it is unknown."""
-    def shape(*names):
-        return next((state[name].shape for name in names if name in state), ())
-    head = shape('linear.weight', 'fc.weight', 'classifier.fc3.weight', 'logits.weight')
-    first = shape('conv1.weight', 'feature_extractor.conv1.weight', 'init_conv.weight',
-                  'conv_2d.weight')
-    wide = [v for k, v in state.items() if re.fullmatch(
-        r'(block1\.layer|layer\.0\.block)\.\d+\.conv_?1\.weight', k)]
-    layers = [len([k for k in state if re.fullmatch(
-        rf'layer({i}|_{i - 1})\.\d+\.(conv1|conv_2d_1)\.weight', k)]) for i in (1, 2, 3, 4)]
+    def shapes(pattern):
+        return [v.shape for k, v in state.items() if re.fullmatch(rf'({pattern})\.weight', k)]
+    head = shapes(r'linear|fc|classifier\.fc3|logits')
+    first = shapes(r'conv1|feature_extractor\.conv1|init_conv|conv_2d')
+    wide = shapes(r'(block1\.layer|layer\.0\.block)\.\d+\.conv_?1')
+    layers = [len(shapes(rf'layer({i}|_{i - 1})\.\d+\.(conv1|conv_2d_1)')) for i in (1, 2, 3, 4)]
     swish, arch = '-swish' if 'logits.weight' in state else '', None
     if wide:
-        arch = f'wideresnet{6 * len(wide) + 4}-{wide[0].shape[0] // 16}{swish}'
+        arch = f'wideresnet{6 * len(wide) + 4}-{wide[0][0] // 16}{swish}'
     elif 'classifier.fc3.weight' in state:
         arch = 'smallcnn'
     elif layers == [2, 2, 2, 2]:
         arch = 'resnet18' if 'bn1.weight' in state else f'preactresnet18{swish}'
     elif layers == [3, 4, 6, 3] and 'bn1.weight' in state:
         arch = 'resnet50' if 'layer1.0.conv3.weight' in state else 'resnet34'
-    if not arch or (len(head), len(first)) != (2, 4):
+    if not arch or [len(shape) for shape in head + first] != [2, 4]:
         raise ValueError(f"has the weights of no known network ({', '.join(sorted(state)[:3])}, "
                          f'...); known are {ARCHS}')
-    return arch, head[0], first[1], 'bn.weight' in state
+    return arch, head[0][0], first[0][1], 'bn.weight' in state
 
 
 def load_weights(model, content, name):
