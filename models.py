@@ -442,15 +442,12 @@ class Unpickler(pickle.Unpickler):
 
 
 def load(path):
-    """The content of a torch.save or .safetensors file, on the CPU; no code in the file is run.
+    """The content of a torch.save file, on the CPU; no code in the file is run.
 
     A directory means its best.pt. Raises OSError or ValueError with one line that names the file.
     """
     path = os.path.join(path, 'best.pt') if os.path.isdir(path) else os.fspath(path)
     try:
-        if path.endswith('.safetensors'):
-            from safetensors.torch import load_file
-            return load_file(path)
         with open(path, 'rb') as f:
             zipped = f.read(4) == b'PK\3\4'  # as torch.load decides
             f.seek(0)
@@ -466,8 +463,6 @@ def load(path):
         return content
     except OSError as error:
         raise OSError(f'{path}: {error.strerror or error}') from None
-    except ImportError:
-        raise ValueError(f'{path}: reading it needs pip install safetensors') from None
     except Exception as error:  # whatever a damaged file makes of the parser
         raise ValueError(f'{path} cannot be read as a checkpoint: '
                          f'{" ".join(str(error).split())[:200]}') from None
