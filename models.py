@@ -444,7 +444,7 @@ class Unpickler(pickle.Unpickler):
 def load(path):
     """The content of a torch.save file, on the CPU; no code in the file is run.
 
-    A directory means its best.pt. Raises OSError or ValueError with one line that names the file.
+    A directory means its best.pt. Raises ValueError with one line that names the file.
     """
     path = os.path.join(path, 'best.pt') if os.path.isdir(path) else os.fspath(path)
     try:
@@ -461,8 +461,6 @@ def load(path):
         if not isinstance(content, dict):
             raise ValueError(f'it holds a {type(content).__name__}, not a state_dict')
         return content
-    except OSError as error:
-        raise OSError(f'{path}: {error.strerror or error}') from None
     except Exception as error:  # whatever a damaged file makes of the parser
         raise ValueError(f'{path} cannot be read as a checkpoint: '
                          f'{" ".join(str(error).split())[:200]}') from None
@@ -535,7 +533,7 @@ def load_weights(model, content, name):
 
 
 def start_from(model, path):
-    """Load the weights of a checkpoint into a new network; OSError or ValueError with one line."""
+    """Load the weights of a checkpoint into a new network; ValueError with one line."""
     content = load(path)
     try:
         normalization = load_weights(model, content, 'the network')
@@ -551,7 +549,7 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
     path: a bare state_dict, or one under a usual name such as 'state_dict' or 'model', with any
     prefix. arch, num_classes: read off the weights if None; your own network must be named by arch.
     normalize: the (mean, std) by which its training images were normalized outside the network.
-    Raises OSError or ValueError with one line that names the file.
+    Raises ValueError with one line that names the file.
     """
     content = load(path)
     try:
