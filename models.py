@@ -450,9 +450,8 @@ def load(path):
     try:
         with open(path, 'rb') as f:
             zipped = f.read(4) == b'PK\3\4'  # as torch.load decides
-            f.seek(0)
-            if zipped and 'constants.pkl' in torch._C.PyTorchFileReader(f).get_all_records():
-                raise ValueError('it is a TorchScript archive')  # torch.load would run it
+        if zipped and 'constants.pkl' in torch._C.PyTorchFileReader(path).get_all_records():
+            raise ValueError('it is a TorchScript archive')  # torch.load would run it
         if zipped and zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
             raise ValueError('it is damaged')
         safe = SimpleNamespace(Unpickler=Unpickler, __name__='safe', load=lambda f, **options:
