@@ -430,9 +430,7 @@ class Inert(dict):
 
 class Unpickler(pickle.Unpickler):
     """Builds tensors and plain containers; every other object becomes Inert. Imports nothing."""
-    known = {('collections', 'OrderedDict'): OrderedDict, ('torch', 'Size'): torch.Size,
-             ('torch', 'device'): torch.device,
-             **{('torch', k): v for k, v in vars(torch).items() if isinstance(v, torch.dtype)},
+    known = {('collections', 'OrderedDict'): OrderedDict,
              # __call__, because a pickle could change the defaults of the function itself
              **{('torch._utils', k): getattr(torch._utils, k).__call__
                 for k in ('_rebuild_tensor', '_rebuild_tensor_v2', '_rebuild_parameter')}}
