@@ -476,7 +476,7 @@ def find_state_dict(content, expected=()):
                             if isinstance(content.get(k), dict) and content[k]), {})
     state = {k: v for k, v in content.items() if k != 'n_averaged'}  # AveragedModel's
     if not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise ValueError('holds no state_dict: save one with torch.save(model.state_dict(), FILE)')
+        raise ValueError('no state_dict found: save one with torch.save(model.state_dict(), FILE)')
     normalization = None
     for mean in [k for k in state if re.search(r'(^|\.)(mean|mu)$', k) and k not in expected]:
         std = re.sub('mean$', 'std', re.sub('mu$', 'sigma', mean))
@@ -520,24 +520,20 @@ def load_weights(model, content, name):
     """
     state, normalization = find_state_dict(content, model.state_dict())
     if not all(v.isfinite().all() for v in state.values()):
-        raise ValueError('its weights are not finite: the training diverged')
+        raise ValueError('the weights are not finite: the training diverged')
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:300]
-        raise ValueError(f'its weights do not fit {name}: {reason}') from None
+        raise ValueError(f'the weights do not fit {name}: {reason}') from None
     return normalization
 
 
 def start_from(model, path):
     """Load the weights of a checkpoint into a new network; ValueError with one line."""
-    content = load(path)
-    try:
-        normalization = load_weights(model, content, 'the network')
-        if normalization and not hasattr(model, 'mean'):
-            raise ValueError('holds a normalization of the images, which training does not keep')
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
+    normalization = load_weights(model, load(path), 'the network')
+    if normalization and not hasattr(model, 'mean'):
+        raise ValueError(f'{path} holds a normalization of the images, which would be lost')
 
 
 def load_model(path, arch=None, num_classes=None, normalize=None):
