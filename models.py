@@ -48,8 +48,6 @@ def conv1x1(in_planes, planes, stride=1):
 
 
 class BasicBlock(nn.Module):
-    expansion = 1
-
     def __init__(self, in_planes, planes, stride):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(in_planes, planes, stride), nn.BatchNorm2d(planes)
@@ -65,17 +63,16 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    expansion = 4
-
     def __init__(self, in_planes, planes, stride):
         super().__init__()
-        self.conv1, self.conv2 = conv1x1(in_planes, planes), conv3x3(planes, planes, stride)
-        self.conv3, self.bn1 = conv1x1(planes, 4 * planes), nn.BatchNorm2d(planes)
-        self.bn2, self.bn3 = nn.BatchNorm2d(planes), nn.BatchNorm2d(4 * planes)
+        inner = planes // 4
+        self.conv1, self.conv2 = conv1x1(in_planes, inner), conv3x3(inner, inner, stride)
+        self.conv3, self.bn1 = conv1x1(inner, planes), nn.BatchNorm2d(inner)
+        self.bn2, self.bn3 = nn.BatchNorm2d(inner), nn.BatchNorm2d(planes)
         self.shortcut = nn.Sequential()
-        if stride != 1 or in_planes != 4 * planes:
-            self.shortcut = nn.Sequential(conv1x1(in_planes, 4 * planes, stride),
-                                          nn.BatchNorm2d(4 * planes))
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(conv1x1(in_planes, planes, stride),
+                                          nn.BatchNorm2d(planes))
 
     def forward(self, x):
         out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
@@ -113,10 +110,9 @@ class WideBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
-def stack(block, in_planes, planes, num_blocks, stride, expansion=1, **options):
-    others = [(planes * expansion, 1)] * (num_blocks - 1)
-    return nn.Sequential(*(block(width, planes, s, **options)
-                           for width, s in [(in_planes, stride), *others]))
+def stack(block, in_planes, planes, num_blocks, stride, **options):
+    return nn.Sequential(block(in_planes, planes, stride, **options),
+                         *(block(planes, planes, 1, **options) for _ in range(num_blocks - 1)))
 
 
 class ResNet(Network):
@@ -124,13 +120,13 @@ class ResNet(Network):
 
     def __init__(self, depth=18, num_classes=10, in_channels=3):
         super().__init__()
-        block = Bottleneck if depth == 50 else BasicBlock
-        e, blocks = block.expansion, (2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3)
+        block, e = (Bottleneck, 4) if depth == 50 else (BasicBlock, 1)
+        blocks = (2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3)
         self.conv1, self.bn1 = conv3x3(in_channels, 64), nn.BatchNorm2d(64)
-        self.layer1 = stack(block, 64, 64, blocks[0], 1, e)
-        self.layer2 = stack(block, 64 * e, 128, blocks[1], 2, e)
-        self.layer3 = stack(block, 128 * e, 256, blocks[2], 2, e)
-        self.layer4 = stack(block, 256 * e, 512, blocks[3], 2, e)
+        self.layer1 = stack(block, 64, 64 * e, blocks[0], 1)
+        self.layer2 = stack(block, 64 * e, 128 * e, blocks[1], 2)
+        self.layer3 = stack(block, 128 * e, 256 * e, blocks[2], 2)
+        self.layer4 = stack(block, 256 * e, 512 * e, blocks[3], 2)
         self.linear = nn.Linear(512 * e, num_classes)
 
     def forward(self, x):
