@@ -290,7 +290,7 @@ class Normalized(nn.Module):
         values = torch.tensor([*mean, *std])
         if {len(mean), len(std)} - {1, 3} or not values.isfinite().all() or min(std) <= 0:
             raise ValueError(f'images cannot be normalized by mean {mean} and std {std}')
-        self.network, self.normalization = network, (mean, std)
+        self.network = network
         self.memory_format = getattr(network, 'memory_format', torch.contiguous_format)
         if isinstance(network, SwishNetwork):  # which has one of its own
             network.mean.zero_(), network.std.fill_(1)
@@ -478,9 +478,9 @@ def find_state_dict(content, expected=()):
     while len({k.split('.')[0] for k in state}) == 1 and all('.' in k for k in state) \
             and not state.keys() & set(expected):
         state = {k.split('.', 1)[1]: v for k, v in state.items()}
-    unused = [k for k in state if k.startswith('sub_block1.')  # in TRADES' WideResNet
-              and k not in expected]
-    return {k: v for k, v in state.items() if k not in unused}, normalization
+    state = {k: v for k, v in state.items()  # TRADES' WideResNet has a block that it does not use
+             if k in expected or not k.startswith('sub_block1.')}
+    return state, normalization
 
 
 def infer_arch(state):
