@@ -534,8 +534,8 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
 
     path: a bare state_dict, or one under a usual name such as 'state_dict' or 'model', with any
     prefix. arch, num_classes: read off the weights if None; your own network must be named by arch.
-    normalize: the (mean, std) by which its training images were normalized outside the network.
-    Raises ValueError with one line that names the file.
+    normalize: the (mean, std) by which its training images were normalized outside the network,
+    unless the file holds them. Raises ValueError with one line that names the file.
     """
     content = load(path)
     try:
@@ -548,11 +548,9 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
             if num_classes not in (None, classes):
                 raise ValueError(f'has {classes} classes, not {num_classes}')
             model = build_model(arch or found, classes, *options)
-        inside = load_weights(model, content, arch or found)
-        if inside and normalize:
-            raise ValueError('normalizes its input already: omit --normalize')
-        if inside or normalize:
-            model = Normalized(model, *(inside or normalize))
+        normalize = load_weights(model, content, arch or found) or normalize
+        if normalize:
+            model = Normalized(model, *normalize)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
     return model.eval()
