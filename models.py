@@ -6,7 +6,6 @@
 Networks take images in [0, 1] and return logits. Parameter names are those of the official TRADES,
 MART, GAIRAT and AWP repositories and of RobustBench, so weights can be exchanged with them.
 """
-import argparse
 import contextlib
 import copy
 import fcntl
@@ -560,12 +559,8 @@ def parse_normalization(text):
     """none, cifar10, cifar100 or MEAN/STD -> None or (mean, std); the type of --normalize."""
     if text == 'none' or text in NORMALIZATIONS:
         return NORMALIZATIONS.get(text)
-    try:
-        mean, std = ([float(v) for v in part.split(',')] for part in text.split('/'))
-        return Normalized(nn.Identity(), mean, std) and (mean, std)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not none, cifar10, cifar100 or MEAN/STD, e.g. 0.5,0.5,0.5/0.2,0.2,0.2")
+    mean, std = ([float(v) for v in part.split(',')] for part in text.split('/'))
+    return mean, std
 
 
 # ---------------------------------------------------------------- weights that move
