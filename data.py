@@ -83,10 +83,9 @@ def load_split(dataset, data_dir, train):
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f'{dataset} is missing or damaged in {data_dir} and could not be '
                                 f'downloaded ({reason}); digits needs no download') from None
-    images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
-    if dataset == 'mnist':
-        return images[:, None], labels, [*'0123456789']
-    return images.permute(0, 3, 1, 2), labels, split.classes
+    images = torch.as_tensor(split.data)
+    images = images[:, None] if dataset == 'mnist' else images.permute(0, 3, 1, 2)
+    return images, torch.as_tensor(split.targets), split.classes
 
 
 def load_npz(path, images, labels):
