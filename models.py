@@ -261,15 +261,14 @@ class SmallCNN(Network):
 
     def __init__(self, num_classes=10, in_channels=1):
         super().__init__()
-        relu = nn.ReLU
         self.feature_extractor = nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(in_channels, 32, 3), relu1=relu(),
-            conv2=nn.Conv2d(32, 32, 3), relu2=relu(), maxpool1=nn.MaxPool2d(2),
-            conv3=nn.Conv2d(32, 64, 3), relu3=relu(),
-            conv4=nn.Conv2d(64, 64, 3), relu4=relu(), maxpool2=nn.MaxPool2d(2)))
+            conv1=nn.Conv2d(in_channels, 32, 3), relu1=nn.ReLU(),
+            conv2=nn.Conv2d(32, 32, 3), relu2=nn.ReLU(), maxpool1=nn.MaxPool2d(2),
+            conv3=nn.Conv2d(32, 64, 3), relu3=nn.ReLU(),
+            conv4=nn.Conv2d(64, 64, 3), relu4=nn.ReLU(), maxpool2=nn.MaxPool2d(2)))
         self.classifier = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(64 * 4 * 4, 200), relu1=relu(), drop=nn.Dropout(0.5),
-            fc2=nn.Linear(200, 200), relu2=relu(), fc3=nn.Linear(200, num_classes)))
+            fc1=nn.Linear(64 * 4 * 4, 200), relu1=nn.ReLU(), drop=nn.Dropout(0.5),
+            fc2=nn.Linear(200, 200), relu2=nn.ReLU(), fc3=nn.Linear(200, num_classes)))
         for m in self.feature_extractor:
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight)
