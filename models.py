@@ -345,8 +345,7 @@ def check_network(model, shape, num_classes):
         try:
             logits = getattr(trial, mode)()(x)
             if logits.shape != (size, num_classes):
-                raise ValueError(f'the output is {tuple(logits.shape)} instead of logits '
-                                 f'{(size, num_classes)}')
+                raise ValueError(f'it returns {tuple(logits.shape)}, not {(size, num_classes)}')
             logits.sum().backward()
             if x.grad is None:
                 raise ValueError('no gradient reaches the input')
