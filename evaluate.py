@@ -566,7 +566,7 @@ def parse_args(argv=None):
     add('--names', nargs='+', help='model names (default: from the paths); the results of '
         'models that differ only in seedN are also averaged')
     add('--arch', help='see models.py; your own FILE.py:NAME (default: read off the weights)')
-    add('--normalize', type=models.parse_normalization, metavar='N', help='how training images '
+    add('--normalize', type=models.mean_and_std, metavar='N', help='how training images '
         'were normalized outside the network: none, cifar10, cifar100 or MEAN/STD, e.g. 0.5/0.2')
     add('--dataset', help=f"{', '.join(data.PROTOCOLS)} or FILE.npz (default: the checkpoint's)")
     add('--data-dir', default='./data', help='folder of the data sets (default: %(default)s)')

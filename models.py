@@ -553,7 +553,7 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
     return model.eval()
 
 
-def parse_normalization(text):
+def mean_and_std(text):
     """none, cifar10, cifar100 or MEAN/STD -> None or (mean, std); the type of --normalize."""
     if text == 'none' or text in NORMALIZATIONS:
         return NORMALIZATIONS.get(text)

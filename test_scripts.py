@@ -1158,17 +1158,17 @@ def test_normalization_by_the_caller_replaces_the_one_in_the_network(text, mean,
     normalized = (x - mean) / std
     for model, x_in in (network, normalized), (swish, normalized * own_std + own_mean):
         torch.save(model.state_dict(), 'a.pt')
-        loaded = models.load_model('a.pt', normalize=models.parse_normalization(text))
+        loaded = models.load_model('a.pt', normalize=models.mean_and_std(text))
         torch.testing.assert_close(loaded(x), model(x_in))
 
 
 def test_an_invalid_normalization_is_refused(network):
     for wrong in ('0.5', 'imagenet', '0.5/x', ''):
-        refuses(None, models.parse_normalization, wrong)
-    models.save(network.state_dict(), 'a.pt')
+        refuses(None, models.mean_and_std, wrong)
+    torch.save(network.state_dict(), 'a.pt')
     for wrong in ('0.5/0', '0.5/nan', 'inf/1', '1,2/1'):
         refuses('^a.pt: .*normalized by', models.load_model, 'a.pt',
-                normalize=models.parse_normalization(wrong))
+                normalize=models.mean_and_std(wrong))
 
 
 def test_a_failed_write_leaves_the_old_file(monkeypatch):
