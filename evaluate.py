@@ -203,9 +203,9 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     correct (bool); entropy, margin: see above; p_wrong: 1 - p_y; kappa: see pgd_attack. images:
     uint8 (N, C, H, W); labels: (N,); examples: (N,) bool, the ones to attack (default: all); the
     others count as wrong, and their other measures are NaN. options: restarts, ls_scale. measures:
-    float32 (5, N) of an earlier call, to be completed; save: called after each batch. The processes
-    of torch.distributed share the batches. The model is evaluated in eval mode; its modes and
-    torch's random state are left as they were.
+    float32 (5, N) of an earlier call, to be completed; save: called after each batch, by the first
+    process. The processes of torch.distributed share the batches. A copy of the model is evaluated,
+    in eval mode; torch's random state is left as it was.
     """
     if measures is None:
         measures = np.full((len(MEASURES), len(labels)), np.nan, np.float32)
@@ -232,7 +232,7 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
             for batch, values in filter(None, gather(mine)):
                 measures[:, batch] = values
                 bar.update()
-            if save:
+            if save and rank == 0:
                 save()
     return dict(zip(MEASURES, [measures[0] == 1, *measures[1:]]))
 
@@ -261,8 +261,6 @@ def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 2
         outcomes[title] = evaluate_attack(
             model, images, labels, attack, radius, examples, batch_size, seed, measures,
             records and records.save, name and f'{name} {title}', **options)
-        if records:
-            records.save(now=True)
         if name:
             print(f'{name}: {title} {outcomes[title]["correct"].mean():.2%} of {len(labels):,} '
                   f'({time.monotonic() - began:.0f} s)', file=sys.stderr)
@@ -307,9 +305,8 @@ def inspect_model(model, x, y, num_classes):
 class Records:
     """Measures of a model's finished batches, {key: float32 (5, N)}, in <model>.eval.npz."""
 
-    def __init__(self, path, writes, **identity):
-        self.path, self.writes, self.identity = f'{path}.eval.npz', writes, identity
-        self.known, self.save_at = {}, time.monotonic() + 10
+    def __init__(self, path, **identity):
+        self.path, self.identity, self.known = f'{path}.eval.npz', identity, {}
         try:
             if os.path.exists(self.path):
                 with np.load(self.path) as file:
@@ -325,15 +322,12 @@ class Records:
         key, known = gather((key, self.known.get(key, new)))[0]  # fingerprints may differ slightly
         return self.known.setdefault(key, known)
 
-    def save(self, now=False):
-        """Write the file, but at most every ten seconds unless it must be now."""
-        if self.writes and (now or time.monotonic() > self.save_at):
-            self.save_at = time.monotonic() + 10
-            try:
-                with models.atomic_write(self.path, 'wb') as f:
-                    np.savez(f, **self.known)
-            except OSError as error:
-                print(f'Warning: cannot write {self.path}: {error.strerror}', file=sys.stderr)
+    def save(self):
+        try:
+            with models.atomic_write(self.path, 'wb') as f:
+                np.savez(f, **self.known)
+        except OSError as error:
+            print(f'Warning: cannot write {self.path}: {error.strerror}', file=sys.stderr)
 
 
 def evaluate_row(args, row, rank):
@@ -344,7 +338,7 @@ def evaluate_row(args, row, rank):
     row['outcomes'] = evaluate_model(
         row['network'], row['images'], row['labels'], args.attacks, args.epsilon, args.aa_epsilon,
         args.batch_size, args.seed, args.restarts, args.ls_scale, None if rank else row['model'],
-        Records(row['path'], rank == 0, **args.versions,
+        Records(row['path'], **args.versions,
                 **{k: row[k] for k in ('weights', 'fingerprint', 'data')}))
     correct = {title: outcome['correct'] for title, outcome in row['outcomes'].items()}
     complete = [v for title, v in correct.items() if not title.startswith('aa: ')]
