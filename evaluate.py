@@ -587,11 +587,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.model_path = list(dict.fromkeys(
         os.path.join(p, 'best.pt') if os.path.isdir(p) else p for p in args.model_path))
-    if not args.names:  # run for run/best.pt, run/file for others, and the path where two agree
-        names = ['/'.join(os.path.splitext(os.path.abspath(p))[0].split(os.sep)[-2:])
-                 .removesuffix('/best') for p in args.model_path]
-        args.names = [name if names.count(name) == 1 else path
-                      for name, path in zip(names, args.model_path)]
+    if not args.names:  # run for run/best.pt, run/file for others
+        args.names = ['/'.join(os.path.abspath(p).removesuffix('.pt').split(os.sep)[-2:])
+                      .removesuffix('/best') for p in args.model_path]
     if not len(set(args.names)) == len(args.names) == len(args.model_path):
         parser.error(f'give {len(args.model_path)} different --names, one for each model')
     counts = args.restarts, args.batch_size, 1 if args.n_examples is None else args.n_examples
