@@ -356,19 +356,15 @@ def evaluate_row(args, row, rank):
 def group_seeds(rows):
     """Models whose names differ only in seedN, together: [label, rows, and how to draw them].
 
-    The plain method has the first line and marker, then entropy weights, the control (tau = inf).
+    The variants of a method have its color, and lines and markers in the order they are given.
     """
-    names, found, variants, colors = {}, [], set(), dict(COLORS)
+    names, found, colors = {}, [], dict(COLORS)
     for row in rows:
         names.setdefault(re.sub(r'[-_ ]?seed[-_ ]?\d+', '*', row['model']), []).append(row)
     for name, group in names.items():
         label = f'{name.replace("*", "")} ({len(group)} seeds)' if group[1:] else group[0]['model']
         method = group[0]['about'].get('algorithm', label)
-        settings = group[0]['about'].get('args', {})
-        variant = bool(settings.get('entropy_weight')) + (settings.get('tau') == math.inf)
-        while (method, variant) in variants:
-            variant += 1
-        variants.add((method, variant))
+        variant = [other.method for other in found].count(method)
         color = colors.setdefault(method, OTHER_COLORS[len(colors) % 4])
         found.append(SimpleNamespace(label=label, rows=group, method=method, color=color,
                                      line=LINES[variant % 6], marker=MARKERS[variant % 6]))
@@ -606,7 +602,7 @@ def prepare(args, device):
 
     Raises ValueError or OSError with one line for whatever the user may have to correct.
     """
-    about = [{k: content.get(k) for k in ('algorithm', 'args', 'dataset') if 'algorithm' in content}
+    about = [{k: content.get(k) for k in ('algorithm', 'dataset') if 'algorithm' in content}
              for content in map(models.load, args.model_path)]  # empty for files of other projects
     found = {args.dataset or saved.get('dataset') for saved in about}
     args.dataset = found.pop()
