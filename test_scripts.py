@@ -1335,11 +1335,15 @@ ENV = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 def command(*args, status=0):
     """(stdout, stderr) of the command in this process, which must end with that exit status."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
-        evaluate.main(' '.join(map(str, args)).split())
-    assert end.value.code == status, err.getvalue()
-    return out.getvalue(), err.getvalue()
+    out, err, got = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            evaluate.main(' '.join(map(str, args)).split())
+        except SystemExit as error:
+            got = error.code
+    message, got = (f'{got}\n', 1) if isinstance(got, str) else ('', got)  # as Python does
+    assert got == status, err.getvalue() + message
+    return out.getvalue(), err.getvalue() + message
 
 
 def table(out, number=0):
@@ -1839,7 +1843,7 @@ def test_figures_are_written_as_png_and_pdf(run, trained):
     assert all(Path('f', name).stat().st_size > 8000 for name in os.listdir('f'))
 
 
-def test_the_table_is_printed_and_each_file_that_fails_is_named_on_a_full_disk(run):
+def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run):
     command(FAST, run)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
@@ -1848,15 +1852,14 @@ def test_the_table_is_printed_and_each_file_that_fails_is_named_on_a_full_disk(r
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert table(out) and json.loads(Path('a.json').read_text())
-    assert 'Cannot write f/entropy_histogram: File too large\n' in err and 'a.json' not in err
+    assert re.search('^Cannot write f/.* File too large\n', err, re.M) and 'a.json' not in err
 
 
 def test_closed_streams_do_not_stop_an_evaluation(run, monkeypatch):
     for stream in ('stdout', 'stderr'):
         monkeypatch.setattr(sys, stream, None)  # as with >&- and 2>&-
-    with pytest.raises(SystemExit) as end:
-        evaluate.main(f'--json a.json {FAST} {run}'.split())
-    assert end.value.code == 0 and json.loads(Path('a.json').read_text())['models']
+    evaluate.main(f'--json a.json {FAST} {run}'.split())
+    assert json.loads(Path('a.json').read_text())['models']
 
 
 @pytest.mark.parametrize('change, before, told', [
