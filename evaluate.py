@@ -589,10 +589,9 @@ def parse_args(argv=None):
     if not len(set(args.names)) == len(args.names) == len(args.model_path):
         parser.error(f'give {len(args.model_path)} different --names, one for each model')
     counts = args.restarts, args.batch_size, 1 if args.n_examples is None else args.n_examples
-    if (min(counts) < 1 or args.seed < 0 or not 0 < args.ls_scale < math.inf
-            or not args.entropy_threshold >= 0):
+    if min(counts) < 1 or args.seed < 0 or not 0 < args.ls_scale < math.inf:
         parser.error('--restarts, --batch-size and --n-examples must be at least 1, --ls-scale '
-                     'above 0, --seed and --entropy-threshold at least 0')
+                     'above 0, --seed at least 0')
     args.attacks += ['pgd20'] if args.figures and 'pgd20' not in args.attacks else []
     return parser, args
 
