@@ -377,10 +377,9 @@ def seed_means(groups):
     for group in [group for group in groups if len(group.rows) > 1]:
         found.append(dict(name=group.label, models=[row['model'] for row in group.rows]))
         for part in ('accuracy', 'report'):
-            numbers = np.array([list(row[part].values()) for row in group.rows])
-            found[-1][part] = {
-                'mean': dict(zip(group.rows[0][part], numbers.mean(0).tolist())),
-                'sd': dict(zip(group.rows[0][part], numbers.std(0, ddof=1).tolist()))}
+            values = {k: [row[part][k] for row in group.rows] for k in group.rows[0][part]}
+            found[-1][part] = {'mean': {k: np.mean(v).item() for k, v in values.items()},
+                               'sd': {k: np.std(v, ddof=1).item() for k, v in values.items()}}
     return found
 
 
