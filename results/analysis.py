@@ -30,22 +30,19 @@ def load():
     """{(experiment, model, seed): {'accuracy', 'dose', 'worst': (N,), (column, measure): (N,)}}."""
     runs = {}
     for path in sorted(HERE.glob('*/outcomes*.json')):
-        arrays, doses = path.with_suffix('.npz'), path.parent / 'doses.json'
-        file = dict(np.load(arrays)) if arrays.exists() else {'columns': []}
+        file, doses = dict(np.load(path.with_suffix('.npz'))), path.parent / 'doses.json'
         doses = json.loads(doses.read_text()) if doses.exists() else {}  # with each run's own tau
         for i, row in enumerate(json.loads(path.read_text())['models']):
             seed = re.search(r'seed(\d+)', row['model'] + path.stem)
-            key = path.parent.name, row['model'].split('-seed')[0], int(seed[1] if seed else 1)
-            run = runs.setdefault(key, {'dose': np.nan})
+            key = path.parent.name, row['model'].split('-seed')[0], int(seed[1])
+            run = runs.setdefault(key, {})
             run['accuracy'] = 100 * row['accuracy']['worst']
-            if 'tau' not in row['model']:  # the report's is that of tau = 1
-                run['dose'] = row['report'].get('sd_of_w', run['dose'])
-            run['dose'] = doses.get('{1}-seed{2}'.format(*key), run['dose'])
+            report = {} if 'tau' in row['model'] else row['report']  # which is for tau = 1
+            run['dose'] = doses.get('{1}-seed{2}'.format(*key), report.get('sd_of_w', np.nan))
             for measure in file.keys() & {'correct', 'entropy', 'margin', 'p_wrong', 'kappa'}:
                 run |= {(column, measure): file[measure][i, j].astype(float)
                         for j, column in enumerate(file['columns'])}
-            if len(file['columns']):
-                run['worst'] = np.all([run[c, 'correct'] for c in ('clean', 'pgd20', 'ls')], axis=0)
+            run['worst'] = np.all([run[c, 'correct'] for c in ('clean', 'pgd20', 'ls')], axis=0)
     return runs
 
 
@@ -70,9 +67,9 @@ def differences(runs):
                 continue
             ours, theirs = ([runs[e, method, s] for s in seeds] for method in (f'EW-{m}', other))
             mean, half = interval([a['accuracy'] - b['accuracy'] for a, b in zip(ours, theirs)])
-            paired = [1.0 * a['worst'] - b['worst'] for a, b in zip(ours, theirs) if 'worst' in a]
-            se = 100 * stats.sem(np.mean(paired, axis=0)) if paired else np.nan
-            dose = np.mean([a['dose'] for a in ours if a['dose'] >= 0] or np.nan)
+            paired = [1.0 * a['worst'] - b['worst'] for a, b in zip(ours, theirs)]
+            se = 100 * stats.sem(np.mean(paired, axis=0))
+            dose = np.mean([a['dose'] for a in ours])
             rows.append((e, m, name, dose, mean, half, se, len(seeds)))
     table('EW minus control and EW minus plain, points of accuracy in the worst case',
           ['experiment', 'method', 'EW minus', 'dose', 'difference', '± 95 % over seeds',
