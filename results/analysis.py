@@ -58,7 +58,10 @@ def table(title, header, rows):
 
 
 def differences(runs):
-    """EW minus control and EW minus plain for each experiment and method, over common seeds."""
+    """EW minus control and EW minus plain for each experiment and method, over common seeds.
+
+    In the figure, the band marks gains smaller than the paper's smallest.
+    """
     rows = []
     for e, m in dict.fromkeys((e, m[3:]) for e, m, _ in runs if m[3:] in COLORS):
         for name, other in (('control', f'{m}, tau inf'), ('plain', m)):
@@ -76,11 +79,6 @@ def differences(runs):
            'standard error over images', 'seeds'],
           [(*names, f'{dose:.2f}', f'{mean:+.2f}', f'{half:.2f}', f'{se:.2f}', count)
            for *names, dose, mean, half, se, count in rows])
-    return rows
-
-
-def forest(rows):
-    """Figure of the differences, with their intervals and the paper's smallest gain."""
     panels = {e: [row for row in rows if row[0] == e] for e, *_ in rows}
     fig, axes = plt.subplots(len(panels), figsize=(3.5, 0.8 + 0.17 * len(rows)), squeeze=False,
                              layout='constrained', height_ratios=[*map(len, panels.values())])
@@ -160,6 +158,6 @@ def save(fig, name):
 
 if __name__ == '__main__':
     outcomes = load()
-    forest(differences(outcomes))
+    differences(outcomes)
     dose_response(outcomes)
     premise(outcomes)
