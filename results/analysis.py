@@ -90,7 +90,7 @@ def differences(runs):
         ax.set_yticks(range(len(shown)), [f'EW-{m} minus {n} ({k})' for _, m, n, *_, k in shown])
         ax.set(title=experiment, ylim=(len(shown) - 0.5, -0.5))
     axes[-1, 0].set_xlabel('difference in points')
-    save(fig, 'differences')
+    return fig
 
 
 def dose_response(runs):
@@ -115,7 +115,7 @@ def dose_response(runs):
     ax.set(xlabel='dose: standard deviation of w', ylabel='worst case minus control (points)',
            ylim=(-1, 1))
     ax.legend()
-    save(fig, 'cifar10/dose_response')
+    return fig
 
 
 def premise(runs):
@@ -147,17 +147,13 @@ def premise(runs):
         ax.set_yticks(range(len(MEASURES)), MEASURES)
         ax.set(xlabel='AUC', title=f'among {among}', xlim=(0.45, 1), ylim=(5.5, -0.5))
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4)
-    save(fig, 'cifar10/auc')
-
-
-def save(fig, name):
-    for kind in [] if '--no-figures' in sys.argv else ['png', 'pdf']:
-        fig.savefig(HERE / f'{name}.{kind}', dpi=200)
-    plt.close(fig)
+    return fig
 
 
 if __name__ == '__main__':
     outcomes = load()
-    differences(outcomes)
-    dose_response(outcomes)
-    premise(outcomes)
+    for name, analyze in (('differences', differences), ('cifar10/dose_response', dose_response),
+                          ('cifar10/auc', premise)):
+        fig = analyze(outcomes)
+        for kind in [] if '--no-figures' in sys.argv else ['png', 'pdf']:
+            fig.savefig(HERE / f'{name}.{kind}', dpi=200)
