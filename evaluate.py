@@ -55,8 +55,7 @@ LOW_CLEAN = {'mnist': 0.9, 'digits': 0.9, 'cifar10': 0.6, 'cifar100': 0.3}
 COLORS = {'at': '#0072B2', 'trades': '#D55E00', 'mart': '#009E73', 'gairat': '#CC79A7'}
 OTHER_COLORS = '#E69F00', '#56B4E9', '#000000', '#B8A800'
 LINES, MARKERS = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))), 'os^DvP'
-WRITTEN = {'clean': 'clean accuracy', 'pgd10': 'PGD-10 accuracy', 'entropy': 'PGD-10 entropy',
-           'pgd20': 'PGD-20', 'worst': 'worst case', 'autoattack': 'AutoAttack'}
+WRITTEN = {'pgd20': 'PGD-20', 'worst': 'worst case', 'autoattack': 'AutoAttack'}
 STYLE = {'font.size': 7, 'legend.fontsize': 6, 'legend.frameon': False, 'axes.grid': True,
          'axes.titlesize': 6, 'axes.axisbelow': True, 'grid.linewidth': 0.3, 'pdf.fonttype': 42,
          'lines.markersize': 4.5, 'lines.linewidth': 1.1, 'text.parse_math': False}
@@ -499,24 +498,10 @@ def plot_pgd_vs_worst(path, args, rows, groups):
             ax.annotate(f'{ends[1] - ends[0]:.1f}', (ends[0], i), (4, 3), fontsize=6,
                         textcoords='offset points')
         for attack in mean:
-            ax.plot([], [], marks[attack], color='0.2', label=WRITTEN.get(attack, attack),
+            ax.plot([], [], marks[attack], color='0.2', label=WRITTEN[attack],
                     fillstyle='none' if attack == 'pgd20' else 'full')
         ax.set_yticks(range(len(groups)), [group.label for group in groups])
         ax.set(xlabel='robust accuracy (%)', ylim=(len(groups) - 0.5, -0.7))
-
-
-def plot_training_curves(path, args, rows, groups):
-    """Clean and PGD-10 accuracy and entropy by epoch, from log.csv; a line for each seed."""
-    with figure(path, 3, height=1.5, sharex=True) as axes:
-        for group in groups:
-            for row in [row for row in group.rows if row['log']]:
-                log = np.genfromtxt(row['log'], delimiter=',', names=True)
-                for ax, column in zip(axes, ('clean', 'pgd10', 'entropy')):
-                    ax.plot(log['epoch'], log[column], '.', markersize=2, color=group.color,
-                            linestyle=group.line, label=group.label * (row is group.rows[0]))
-                    ax.set(ylabel=WRITTEN[column])
-        axes[2].set(xlabel='epoch')
-        axes[2].locator_params('x', integer=True)
 
 
 def plot_tsne(path, args, rows, groups):
@@ -633,11 +618,10 @@ def prepare(args, device):
             texts.append(f'only {clean:.1%} of the first {len(y)} images are classified correctly; '
                          'perhaps the network needs --normalize, another --dataset or '
                          '--arch preactresnet18-raw')
-        log = os.path.join(os.path.dirname(path), 'log.csv')  # of a run by this project
         rows.append(dict(
             model=name, path=path, about=saved, network=model, images=images, labels=labels,
             n=len(labels), weights=weights, fingerprint=fingerprint, data=checksum,
-            warnings=texts, log=log if saved and os.path.exists(log) else None))
+            warnings=texts))
     return rows
 
 
@@ -672,7 +656,6 @@ def main(argv=None):
     outputs = {'the table': print_tables, args.json: write_json, args.save_outcomes: write_outcomes}
     if args.figures:
         plots = [plot_pgd_vs_worst] if 'worst' in rows[0]['accuracy'] else []
-        plots += [plot_training_curves] if any(row['log'] for row in rows) else []
         plots += [plot_entropy_histogram, plot_entropy_vs_robustness, plot_tsne]
         outputs |= {f'{args.figures}/{plot.__name__.removeprefix("plot_")}': plot for plot in plots}
     for path in filter(None, outputs):
