@@ -308,8 +308,7 @@ class Records:
         self.path, self.identity, self.known = f'{path}.eval.npz', identity, {}
         try:
             if os.path.exists(self.path):
-                with np.load(self.path) as file:
-                    self.known = dict(file)
+                self.known = dict(np.load(self.path))
         except Exception as error:  # NumPy raises many kinds for a damaged file
             print(f'Warning: {self.path} is damaged and ignored: {error}', file=sys.stderr)
 
