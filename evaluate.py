@@ -209,8 +209,8 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     if measures is None:
         measures = np.full((len(MEASURES), len(labels)), np.nan, np.float32)
     index = np.arange(len(labels)) if examples is None else np.flatnonzero(examples)
-    todo = [first for first in range(0, len(index), batch_size)
-            if np.isnan(measures[0, index[first:first + batch_size]]).any()]
+    batches = [(i, index[i:i + batch_size]) for i in range(0, len(index), batch_size)]
+    todo = [(first, batch) for first, batch in batches if np.isnan(measures[0, batch]).any()]
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     device = next(model.parameters(), images).device
     with frozen(model, device), tqdm(total=len(todo), desc=desc, unit='batch', leave=False,
@@ -218,8 +218,7 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
         for i in range(0, len(todo), world_size):
             mine = None  # in the last round, some processes have no batch
             if i + rank < len(todo):
-                first = todo[i + rank]
-                batch = index[first:first + batch_size]
+                first, batch = todo[i + rank]
                 x, y = to_input(model, images[batch]), labels[batch].to(device)
                 kappa = torch.full(y.shape, 0.0 if attack in STEPS else math.nan, device=device)
                 x_adv = run_attack(attack, model, x, y, epsilon, seed, first, kappa=kappa,
