@@ -21,12 +21,12 @@ import argparse
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import sys
 import time
-import warnings
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -112,7 +112,6 @@ def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_sca
         adversary = pyautoattack.AutoAttack(model, eps=epsilon, seed=seed, device=x.device)
         part, num_classes = getattr(adversary, AUTOATTACK[attack]), model(x[:1]).shape[1]
         part.targeted, part.n_target_classes = attack == 'fab-t', min(9, num_classes - 1)
-        part.logger = SimpleNamespace(warning=warnings.warn)
         if attack == 'apgd-t' and num_classes < 4:
             raise ValueError(f'the loss of apgd-t needs at least 4 classes, not {num_classes}')
         x_adv = part.perturb(x.contiguous(), y)
@@ -214,7 +213,7 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     device = next(model.parameters(), images).device
     with frozen(model, device), tqdm(total=len(todo), desc=desc, unit='batch', leave=False,
-                                     disable=None if desc else True) as bar:
+                                     disable=rank > 0 or None) as bar:
         for i in range(0, len(todo), world_size):
             mine = None  # in the last round, some processes have no batch
             if i + rank < len(todo):
@@ -283,8 +282,8 @@ def inspect_model(model, x, y, num_classes):
 
     The fingerprint, rounded logits and gradients of 16 images, changes with the network's code.
     """
-    messages = []
-    logger = SimpleNamespace(warning=messages.append)
+    texts = []
+    logger = SimpleNamespace(warning=lambda text: texts.append(text.split(' See flags')[0]))
     with frozen(model, x.device):
         logits = model(x.requires_grad_())
         if logits.shape != (len(x), num_classes) or not logits.isfinite().all():
@@ -296,7 +295,6 @@ def inspect_model(model, x, y, num_classes):
         checks.check_range_output(model, x, logger=logger)  # the fourth check disables debuggers
     numbers = torch.cat([logits[:16].flatten(), grad[:16].abs().sum((1, 2, 3))]).tolist()
     fingerprint = ' '.join(f'{number:.3g}' for number in numbers)
-    texts = [text.split(' See flags')[0] for text in messages]
     return (logits.argmax(1) == y).float().mean().item(), texts, fingerprint
 
 
@@ -331,7 +329,7 @@ def evaluate_row(args, row, rank):
     """Complete a model's row: the outcomes of evaluate_model and the numbers that follow."""
     for text in [] if rank else row['warnings']:
         print(f'Warning: {row["model"]}: {text}', file=sys.stderr)
-    warnings.filterwarnings('ignore', 'there are .* points with zero gradient')  # see inspect_model
+    logging.getLogger('auto-attack').setLevel('ERROR')  # inspect_model reports zero gradients once
     row['outcomes'] = evaluate_model(
         row['network'], row['images'], row['labels'], args.attacks, args.epsilon, args.aa_epsilon,
         args.batch_size, args.seed, args.restarts, args.ls_scale, None if rank else row['model'],
@@ -382,11 +380,11 @@ def seed_means(groups):
 
 def print_tables(_, args, rows, groups):
     """Print the tables as Markdown; models that differ only in their seed have a row of means."""
-    t, num_classes = args.entropy_threshold, len(args.classes)
+    t = args.entropy_threshold
     radii = data.pixels_text(args.epsilon)
     if {'autoattack', *AUTOATTACK} & {*args.attacks}:
-        radii += f', for AutoAttack {data.pixels_text(args.aa_epsilon)}'
-        radii += f' with {num_classes - 1} targets instead of 9' if num_classes < 10 else ''
+        radii += (f', for AutoAttack {data.pixels_text(args.aa_epsilon)} with '
+                  f'{min(9, len(args.classes) - 1)} targets')
     captions = {
         'accuracy': f'Accuracy in % on {args.dataset}, {args.split} split, n = {rows[0]["n"]:,}; '
         f'epsilon {radii}; seed {args.seed}, batch size {args.batch_size}, random starts '
