@@ -5,6 +5,7 @@ import contextlib
 import copy
 import csv
 import errno
+import functools
 import hashlib
 import importlib
 import io
@@ -15,7 +16,6 @@ import os
 import pickle
 import re
 import resource
-import runpy
 import shutil
 import signal
 import socket
@@ -34,8 +34,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
 import torchvision.transforms.functional as TF
 
 import data
@@ -73,6 +71,11 @@ class Net(nn.Module):
         x = self.bn(self.conv(x)).relu()
         x = self.frozen(self.sub_block1(self.drop(x.view(x.size(0), -1))))
         return (x, x) if self.fault == 'tuple' and self.training else x
+class Linear(nn.Linear):
+    def forward(self, x):
+        helper.calls.append(len(x))
+        return helper.change(super().forward(helper.before(x).flatten(1)))
+linear = lambda num_classes: Linear(64, num_classes)
 plain = lambda num_classes, p=0: nn.Sequential(
     nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(p), nn.Linear(16, num_classes))
 dropout = lambda num_classes: plain(num_classes, 0.2)
@@ -104,47 +107,45 @@ def folder(tmp_path, monkeypatch):
     own_images()
     Path('net.py').write_text(NETS)
     Path('helper.py').write_text('')  # which net.py imports
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have let them be ignored
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for name, handler in (('INT', signal.default_int_handler), ('HUP', 0), ('TERM', 0)):
+        signal.signal(signal.Signals[f'SIG{name}'], handler)  # not ignored, nor a run's before
 
 
-def script(algorithm):
-    return importlib.import_module(f'train_{algorithm}')
+def script(name):
+    return importlib.import_module(name if name == 'evaluate' else f'train_{name}')
 
 
-def train(algorithm, *flags, status=0):
-    """(stdout, stderr) of a training command in this process, which ends with that status."""
+def run_main(name, *flags, status=0):
+    """(stdout, stderr) of a command in this process, which ends with that status."""
     out, err, got = io.StringIO(), io.StringIO(), 0
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (('path', sys.path[:]), ('stdout', out), ('stderr', err)):
-            patch.setattr(sys, name, value)
-        patch.setattr(sys, 'argv', [f'train_{algorithm}.py'])
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, 'argv', [f'{script(name).__name__}.py'])
         try:
-            script(algorithm).main(' '.join(map(str, flags)).split())
+            script(name).main(' '.join(map(str, flags)).split())
         except SystemExit as error:
             got = error.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    message, got = (f'{got}\n', 1) if isinstance(got, str) else ('', got)  # as Python does
-    assert got == status, out.getvalue() + err.getvalue() + message
-    return out.getvalue(), err.getvalue() + message
+    if isinstance(got, str):  # as Python does
+        err.write(f'{got}\n')
+        got = 1
+    assert got == status, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
-def refused(algorithm, *flags):
+train, command = run_main, functools.partial(run_main, 'evaluate')
+
+
+def refused(name, *flags):
     """The one line on stderr of a command that ends with exit status 2 and writes nothing."""
     before = sorted(Path().rglob('*'))
-    out, err = train(algorithm, *flags, status=2)
-    assert out == '' and re.fullmatch(rf'train_{algorithm}\.py: error: .+\n', err), err
+    out, err = run_main(name, *flags, status=2)
+    assert out == '' and re.fullmatch(rf'{script(name).__name__}\.py: error: .+\n', err), err
     assert sorted(path for path in Path().rglob('*') if '__pycache__' not in str(path)) == before
     return err
 
 
 def flags_of(algorithm, flags):
     """The flags as the command parses them."""
-    return next(part for part in script(algorithm).parse_args(flags.split())
-                if hasattr(part, 'epsilon'))
+    return script(algorithm).parse_args(flags.split())[1]
 
 
 @contextlib.contextmanager
@@ -229,9 +230,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder.__wrapped__(tmp_path_factory.mktemp('data'), patch)
         for name, (algorithm, flag) in METHODS.items():
-            out, err = train(algorithm, NET, flag, '--model-dir', found[name])
-            lines = re.findall(r'epoch \d/2 .*loss .*clean .*pgd10 .*entropy .*min left', out)
-            assert len(lines) == 2 and max(map(len, lines)) <= 100 and err == ''
+            assert train(algorithm, NET, flag, '--model-dir', found[name])[1] == ''
     return found
 
 
@@ -284,30 +283,20 @@ def test_best_is_the_first_epoch_with_the_highest_pgd10(flag, kind, column):
     assert sorted(p.name for p in Path('tie').glob('*.pt')) == ['best.pt', 'epoch-2.pt', 'last.pt']
 
 
-def test_the_log_describes_the_saved_weights(monkeypatch):
-    noise, uniform_ = [], torch.Tensor.uniform_
-    def keep(*args, **options):
-        noise.append(uniform_(*args, **options).clone())
-        return args[0]
-    monkeypatch.setattr(torch.Tensor, 'uniform_', keep)
+def test_the_log_describes_the_saved_weights():
     train('trades', NET, '--augment none --epochs 3 --ema 0.5 --entropy-weight --tau 0.5')
     images, labels = data.load_data('own.npz', train=False, size=16)
     x, row = data.to_float(images), last_of()['log'][-1]
-    for prefix, start in (('', noise[-2]), ('ema_', noise[-1])):
+    for prefix in ('', 'ema_'):
         model = models.build_model('net.py:Net', 5).eval()
         model.load_state_dict(last_of()[f'{prefix}state_dict'])
-        x_adv = (x + start).clamp(0, 1)
-        for _ in range(10):
-            x_adv = x_adv.detach().requires_grad_()
-            F.cross_entropy(model(x_adv), labels).backward()
-            x_adv = x_adv + 0.025 * x_adv.grad.sign()
-            x_adv = torch.min(torch.max(x_adv, x - 0.1), x + 0.1).clamp(0, 1)
-        p, q = ((model(x_adv).double() / tau).softmax(1) for tau in (1, 0.5))
-        h, h_tau = ((-v * v.log()).sum(1) for v in (p, q))
+        data.seed(1, 0)
+        logits = model(evaluate.pgd_attack(model, x, labels, 0.1, 0.1 / 4, 10))
+        h, h_tau = evaluate.entropy(logits.double()), evaluate.entropy(logits.double() / 0.5)
         means = [v.double().mean().item() for v in (
-            model(x).argmax(1) == labels, p.argmax(1) == labels, h, h > 1.5)]
-        names = [prefix + name for name in 'clean pgd10 entropy high_entropy sd_of_w'.split()]
+            model(x).argmax(1) == labels, logits.argmax(1) == labels, h, h > 1.5)]
         sd = (h_tau / h_tau.mean()).std(correction=0).item()
+        names = [prefix + name for name in 'clean pgd10 entropy high_entropy sd_of_w'.split()]
         assert [row[name] for name in names] == pytest.approx([*means, sd], abs=1e-5)
         assert sd > 0.01 and means[1] < means[0]
 
@@ -331,14 +320,12 @@ def test_random_numbers_depend_on_seed_epoch_and_step_alone():
                 dropout.append(comparable(F.dropout(torch.ones(99))))
             elif len(x) == 16:  # TRADES: the images, the start, and a step from it
                 attack.append(x.detach())
-                assert not any(p.requires_grad for p in network.parameters())
         with hooks(forward=forward):
             train('trades', NET, f'--train-size 48 --epochs 3 --test-size 9 --seed {seed} '
                   f'--augment none --model-dir {seed}')
-        images, starts = attack[::3], [b - a for a, b in zip(attack[::3], attack[1::3])]
-        assert len(starts) == 9 and torch.pdist(torch.stack(starts).flatten(1)).min() > 0.01
-        found = comparable(images) + dropout
-        assert len(set(found)) == len(found) == 9 + 18
+        starts = torch.stack([b - a for a, b in zip(attack[::3], attack[1::3])]).flatten(1)
+        found = comparable(attack[::3]) + dropout
+        assert len(set(found)) == len(found) == 9 + 18 and torch.pdist(starts).min() > 0.01
         return found
     first, other = draws(1), draws(2)
     os.rename('1', 'again')
@@ -394,18 +381,6 @@ def test_a_signal_saves_and_says_how_to_continue(algorithm, number, step, runs, 
     assert same_run('run', runs[f'ew-{algorithm}'])
 
 
-def test_ctrl_c_in_a_terminal():
-    command = [sys.executable, ROOT / 'train_at.py', *PLAIN.split(), '--epochs', '9999']
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=os.environ | {'OMP_NUM_THREADS': '1'}) as process:
-        next(line for line in process.stdout if line.startswith('epoch 1/'))
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and out.splitlines()[-1].endswith('--resume run')
-    assert err.count('\n') == 1 and 'Ctrl-C stops at once' in err
-    assert last_of()['epoch'] > 0
-
-
 @pytest.mark.parametrize('first, second, status', [
     ('KILL', 'KILL', -9), ('INT', 'INT', -2), ('TERM', 'TERM', 143)])
 def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(first, second, status, runs):
@@ -427,24 +402,22 @@ def test_signals_ignored_by_nohup_stay_ignored():
 
 
 def test_milestones_follow_the_number_of_epochs():
-    resume, drop = '--arch net.py:plain --resume', [pytest.approx(0.1)] * 11 + [pytest.approx(0.01)]
+    drop = [pytest.approx(0.1)] * 11 + [pytest.approx(0.01)]
     train('at', PLAIN, '--epochs 12 --model-dir whole')
     assert [row['lr'] for row in last_of('whole')['log']] == drop
-    with hooks(kill(signal.SIGTERM, 7)):
-        train('at', PLAIN, '--epochs 12', status=143)
-    train('at', resume, 'run')  # which keeps both
-    assert same_run('run', 'whole')
-    train('at', PLAIN, '--model-dir short')
-    out, _ = train('at', resume, 'short --epochs 12')
+    train('at', PLAIN)
+    out, _ = train('at', '--arch net.py:plain --resume run --epochs 12')
     assert 'epochs 2 -> 12' in out and 'lr_milestones [2] -> [11, 12]' in out
-    assert same_run('short', 'whole')
+    assert same_run('run', 'whole')
     train('at', PLAIN, '--lr-milestones 1 --model-dir given')
-    out, _ = train('at', resume, 'given --epochs 4')
+    out, _ = train('at', '--arch net.py:plain --resume given --epochs 4')
     assert 'lr_milestones' not in out and last_of('given')['log'][-1]['lr'] == drop[-1]
 
 
 def test_flags_can_be_changed_on_resuming_and_are_listed(runs):
     shutil.copytree(runs['at'], 'run')
+    out, _ = train('at', '--resume run --arch net.py:Net')
+    assert 'finished' in out and same_run('run', runs['at'])
     out, _ = train('at', '--resume run --arch net.py:Net --epochs 3 --lr 0.01 --ema 0.9')
     changes = 'epochs 2 -> 3', 'lr 0.1 -> 0.01', 'ema None -> 0.9', 'lr_milestones [2] -> [3]'
     assert all(change in out for change in changes) and out.count(' -> ') == 4
@@ -452,25 +425,18 @@ def test_flags_can_be_changed_on_resuming_and_are_listed(runs):
     assert log[2]['lr'] == 0.01 and 'ema_pgd10' in log[2] and log[2]['seconds'] > log[1]['seconds']
 
 
-def test_resuming_a_finished_run_changes_nothing(runs):
-    shutil.copytree(runs['at'], 'run')
-    out, _ = train('at', '--resume run --arch net.py:Net')
-    assert 'finished' in out and same_run('run', runs['at'])
-
-
 def test_a_run_that_cannot_be_continued_is_refused_by_name(runs):
     shutil.copytree(runs['at'], 'run')
     resume = '--arch net.py:Net --resume run'
     assert 'train_mart.py' in refused('mart', resume)
     assert 'nowhere' in refused('at', '--resume nowhere')
-    assert '--arch' in refused('at', '--resume run')  # a file never names the code that is run
+    for name, flag in (('at', '--resume'), ('evaluate', '--model-path')):
+        assert '--arch' in refused(name, flag, 'run')  # no file names the code that is run
     own_images(seed=1)
     assert 'images' in refused('at', resume, '--epochs 3')
     good = Path('run/last.pt').read_bytes()
-    for content in (good[:-1000], good[:5000], b'', b'text', {'state_dict': {}}, [1],
-                    last_of()['state_dict']):
-        Path('run/last.pt').write_bytes(content) if isinstance(content, bytes) else torch.save(
-            content, 'run/last.pt')
+    for content in (good[:-1000], b'', saved(last_of()['state_dict'])):
+        Path('run/last.pt').write_bytes(content)
         assert 'run' in refused('at', resume)
 
 
@@ -531,17 +497,11 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_before_saving(step, wh
 SHARED = f'{PLAIN} --train-size 47 --batch-size 23'
 
 
-@pytest.mark.parametrize('name', [*METHODS, 'torchrun'])
-def test_two_processes_match_one(name):
-    algorithm, flags = METHODS.get(name, ('trades', ''))
-    flags = f'{SHARED} {flags} {EVERYTHING * (name == "ew-mart")} --model-dir'
-    if name == 'torchrun':
-        done = subprocess.run(
-            [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
-             ROOT / 'train_trades.py', *flags.split(), 'two'], text=True, capture_output=True)
-        assert done.stdout.count('finished') == 1 and '2 processes' in done.stdout, done.stderr
-    else:
-        assert run_pair(algorithm, f'{flags} two') == [0, 0]
+@pytest.mark.parametrize('method', METHODS)
+def test_two_processes_match_one(method):
+    algorithm, flags = METHODS[method]
+    flags = f'{SHARED} {flags} {EVERYTHING * (method == "ew-mart")} --model-dir'
+    assert run_pair(algorithm, f'{flags} two') == [0, 0]
     train(algorithm, flags, 'one')
     one, two = last_of('one'), last_of('two')
     for k, v in one['state_dict'].items():
@@ -563,14 +523,13 @@ def test_two_processes_stop_when_one_is_asked_to_and_continue_exactly():
 
 MISTAKES = [('at', *case) for case in [
     ('--dataset svhn', 'svhn'), ('--arch vgg', 'vgg'), ('--arch wideresnet29-10', 'wideresnet29'),
-    ('--unknown', '--unknown'), ('--entropy', '--entropy'), ('--tau 2', '--entropy-weight'),
-    ('--epsilon 8', '8/255'), ('--epsilon 8/0', '8/255'), ('--epsilon 0', '0'), ('--seed -1', '-'),
-    ('--step-size -1', '-1'), ('--momentum x', 'x'), ('--momentum -1', 'momentum'),
-    ('--ema 1', 'ema'), ('--wd -1', 'weight'), ('--awp-gamma -1', 'awp-gamma'),
+    ('--entropy', '--entropy'), ('--tau 2', '--entropy-weight'), ('--seed -1', 'seed'), *[
+        (f'--epsilon {value}', '8/255') for value in ('8', '8/0', '0', 'nan')],
+    ('--epsilon x', 'pixels'), ('--step-size -1', '-1'), ('--momentum -1', 'momentum'), ('--wd -1', 'weight'),
+    ('--ema 1', 'ema'), ('--awp-gamma -1', 'awp-gamma'), ('--lr-milestones -1', 'milestones'),
     ('--lr-milestones 5 3', 'increasing'), ('--lr-milestones 5 5', 'increasing'),
     ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
-    ('--lr-milestones -1', 'milestones'), ('--compile fast', 'fast'),
-    ('--lr-schedule step', 'step'), ('--train-size 53', '52'), ('--test-size 21', '20'),
+    ('--train-size 53', '52'), ('--test-size 21', '20'),
     ('--val-size 12', 'multiple'), ('--val-size 50', '50'), ('--val-size -5', 'val-size'),
     ('--extra-data none.npz', 'none.npz'), ('--init-from none.pt', 'none.pt'),
     ('--dataset none.npz', 'none.npz'), ('--dataset mnist --data-dir net.py', 'net.py'),
@@ -598,15 +557,14 @@ LABELS = np.arange(52) % 5
 
 @pytest.mark.parametrize('changed, told', [
     ({'train_images': GRAY.transpose(0, 3, 1, 2)}, '(N, H, W, C)'), ({'class_names': ['a']}, '5'),
+    ({'train_images': GRAY[..., 0]}, '(52, 8, 8)'), ({'class_names': ['a'] * 5}, '5 different'),
     ({'train_images': GRAY % 2}, '0 to 255'), ({'train_images': GRAY / 255}, 'float64'),
     ({'train_labels': LABELS + 1}, '0 to K - 1'), ({'train_labels': LABELS * 2}, '0 to K - 1'),
     ({'train_labels': LABELS - 1}, 'whole'), ({'train_labels': LABELS * 1.0}, 'whole'),
     ({'test_labels': LABELS}, '(52'), ({'test_labels': LABELS[:20] + 1}, '0 to K - 1'),
     ({'train_labels': LABELS * 0}, 'K'), ({'test_images': GRAY[:20, :7]}, 'differ in shape'),
     ({'test_images': np.array([None] * 20)}, 'test_images'),
-    ({'image': GRAY[:30, :7]}, 'extra.npz'), ({'image': GRAY[:30] / 255}, 'extra.npz'),
-    ({'label': LABELS}, 'extra.npz'), ({'label': LABELS[:30] + 1}, 'extra.npz'),
-    ({'label': LABELS[:30] - 1}, 'extra.npz'), ({'label': LABELS[:30] + 0.5}, 'extra.npz'),
+    ({'image': GRAY[:30, :7]}, 'extra.npz'), ({'label': LABELS[:30] + 1}, 'extra.npz'),
     ({'image': GRAY[:0], 'label': LABELS[:0]}, 'extra.npz')])
 def test_invalid_images_are_refused(changed, told):
     own_images(**changed)
@@ -617,20 +575,19 @@ def test_invalid_images_are_refused(changed, told):
     ('cifar10', ['8/255', '2/255', '110', '0.1', 'preactresnet18']),
     ('digits', ['0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn', '0'])])
 @every_algorithm
-def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values, monkeypatch):
-    monkeypatch.setenv('COLUMNS', '80')
+def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values):
     out, _ = train(algorithm, '--help --dataset', dataset)
-    assert len(out.splitlines()) <= 95 and 'None' not in out and '--resume DIR' in out
+    assert 'None' not in out and '--resume DIR' in out
     assert all(f'(default: {value})' in ' '.join(out.split()) for value in values)
+    assert 'cifar10 8/255' in command('--help')[0]
 
 
 # ---------------------------------------------------------------- own networks, images and weights
 
-@pytest.mark.parametrize('channels', [1, 3])
-def test_a_custom_network_receives_contiguous_images(channels):
-    images = GRAY.repeat(channels, 3)
+def test_a_custom_network_receives_contiguous_images():
+    images = GRAY.repeat(3, 3)  # of one channel in the other tests
     own_images(train_images=images, test_images=images[:20])
-    Path('net.py').write_text(NETS.replace('Conv2d(1', f'Conv2d({channels}'))
+    Path('net.py').write_text(NETS.replace('Conv2d(1', 'Conv2d(3'))
     train('at', NET, '--epochs 1 --ema 0.9')
 
 
@@ -697,23 +654,18 @@ def test_three_files_train_a_network_with_both_outputs_closed():
 
 # ---------------------------------------------------------------- weights that move, and speed
 
-def test_weight_perturbation_matches_the_official_proxy_network_and_is_undone_exactly():
+def test_weight_perturbation_moves_weights_along_their_gradient_and_is_undone_exactly():
     model, x, y = models.build_model('wideresnet10-1').double(), torch.rand(3, 3, 8, 8), [0, 1, 2]
-    before, proxy = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
-    (-F.cross_entropy(proxy(x.double()), torch.tensor(y))).backward()
-    torch.optim.SGD(proxy.parameters(), 0.01).step()  # its learning rate cancels below
+    before = copy.deepcopy(model.state_dict())
     with models.frozen_statistics(model):
         F.cross_entropy(model(x.double()), torch.tensor(y)).backward()
     assert comparable(model.state_dict()) == comparable(before)
     kept = models.perturb_weights(model, 0.02)
     for name, p in model.named_parameters():
-        old, step = before[name], proxy.get_parameter(name).detach() - before[name]
-        moved = old + 0.02 * old.norm() / step.norm() * step if old.dim() > 1 else old
-        assert torch.allclose(p, moved, atol=1e-9) and torch.equal(p, old) == (old.dim() == 1), name
+        moved = before[name] + 0.02 * before[name].norm() / p.grad.norm() * p.grad
+        assert torch.allclose(p, moved, atol=1e-9) if p.dim() > 1 else p.equal(before[name]), name
     models.restore_weights(kept)
     assert comparable(model.state_dict()) == comparable(before)
-    model(x.double())
-    assert model.bn1.num_batches_tracked == 1
 
 
 def test_a_step_takes_the_gradient_at_the_perturbed_weights_and_ema_averages_the_result():
@@ -738,14 +690,12 @@ def test_a_step_takes_the_gradient_at_the_perturbed_weights_and_ema_averages_the
         stepped = p if still else p - 0.5 * (0.9 * buffer + grad + 0.1 * p)
         assert torch.equal(p, before) and torch.allclose(after, stepped, atol=1e-6), name
         assert (q - p).norm().item() == pytest.approx(distance, rel=1e-3), name
-    average = AveragedModel(first, multi_avg_fn=get_ema_multi_avg_fn(0.8))
-    for state in states:  # the weights before the first step do not count
-        for p, (after, _, _) in zip(first.parameters(), state):
-            p.data.copy_(after)
-        average.update_parameters(first)
     ema, last = (last_of()[kind] for kind in ('ema_state_dict', 'state_dict'))
-    for k, v in average.module.named_parameters():
-        assert torch.allclose(v, ema[k], atol=1e-6), k
+    for (k, _), *after in zip(first.named_parameters(), *states):
+        average = after[0][0]  # the weights before the first step do not count
+        for p, _, _ in after[1:]:
+            average = 0.8 * average + 0.2 * p
+        assert torch.allclose(average, ema[k], atol=1e-6), k
     assert all(torch.equal(ema[k], last[k]) for k in ema if 'running' in k or 'tracked' in k)
     assert last['bn.num_batches_tracked'] == 4  # once a step, with AWP too
 
@@ -796,36 +746,6 @@ def test_outputs_are_copied_before_a_cuda_graph_overwrites_them(monkeypatch):
     with torch.no_grad():
         first, kept = model(x), memory.clone()
         assert model(1 - x).equal(memory) and first.equal(kept) and len(model(x[:3])) == 3
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations on weights, images and losses for which the host waits on a GPU."""
-    count = 0
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        masks = args[1] if f is aten.index.Tensor else ()
-        self.count += any(i is not None and i.dtype == torch.bool for i in masks)
-        self.count += f.overloadpacket in (aten.nonzero, aten.masked_select, aten.equal)
-        self.count += f.overloadpacket is aten._local_scalar_dense and args[0].dtype != torch.int
-        return f(*args, **(kwargs or {}))
-
-
-@every_algorithm
-def test_a_step_does_not_wait_for_the_device(algorithm):
-    """Twice the steps, with everything on, wait no more often."""
-    waits = []
-    for n in (12, 6):
-        with Waits() as mode:
-            train(algorithm, NET, EVERYTHING, f'--train-size 48 --batch-size {n} --model-dir {n}')
-        waits.append(mode.count)
-    assert waits[0] == waits[1] > 0
-
-
-def test_the_progress_bar_shows_the_loss_four_times_an_epoch(monkeypatch):
-    monkeypatch.setattr(io, 'StringIO', type('', (io.StringIO,), {'isatty': lambda self: True}))
-    _, err = train('at', PLAIN, '--train-size 48 --batch-size 2')
-    assert len(set(re.findall(r'\b\d+/24 .*?loss=[.\d]+', err))) >= 8
 
 
 # ---------------------------------------------------------------- on a GPU: a minute tells
@@ -1103,14 +1023,6 @@ def test_a_flipped_bit_is_detected(network):
     refuses('a.pt .*damaged', models.load_model, 'a.pt')
 
 
-def test_missing_files_are_named():
-    os.makedirs('run')
-    refuses('^none.pt .*No such file', models.load, 'none.pt')
-    refuses('^run/best.pt .*No such file', models.load, 'run')
-    torch.save({'w': torch.zeros(1)}, 'run/best.pt')
-    assert list(models.load('run')) == ['w']
-
-
 @pytest.mark.parametrize('change, arch, told', [
     ({'bn1.bias': None}, None, 'Missing.*: "bn1.bias"'),
     ({'more': torch.ones(1)}, None, 'Unexpected.*: "more"'),
@@ -1122,15 +1034,6 @@ def test_weights_that_do_not_fit_are_named(change, arch, told, network):
     torch.save({k: v for k, v in state.items() if v is not None}, 'a.pt')
     refuses(f'^a.pt: .*{told}', models.load_model, 'a.pt', arch)
     refuses('^a.pt: has 10 classes, not 11', models.load_model, 'a.pt', num_classes=11)
-
-
-def test_code_named_in_a_checkpoint_is_run_only_if_the_caller_names_it():
-    Path('net.py').write_text('import torch\ndef net(num_classes): return '
-                              'torch.nn.Sequential(torch.nn.Linear(2, num_classes))')
-    model, x = models.build_model('net.py:net', 7), torch.rand(3, 2)
-    torch.save({'state_dict': model.state_dict(), 'arch': 'net.py:net'}, 'a.pt')
-    refuses('a.pt: .*--arch net.py:net', models.load_model, 'a.pt')
-    assert torch.equal(models.load_model('a.pt', 'net.py:net', 7)(x), model(x))
 
 
 @torch.no_grad()
@@ -1162,32 +1065,12 @@ def test_normalization_by_the_caller_replaces_the_one_in_the_network(text, mean,
         torch.testing.assert_close(loaded(x), model(x_in))
 
 
-def test_an_invalid_normalization_is_refused(network):
-    for wrong in ('0.5', 'imagenet', '0.5/x', ''):
-        refuses(None, models.mean_and_std, wrong)
-    torch.save(network.state_dict(), 'a.pt')
-    for wrong in ('0.5/0', '0.5/nan', 'inf/1', '1,2/1'):
-        refuses('^a.pt: .*normalized by', models.load_model, 'a.pt',
-                normalize=models.mean_and_std(wrong))
-
-
-def test_a_failed_write_leaves_the_old_file(monkeypatch):
+def test_a_failed_write_leaves_the_old_file():
     Path('a.txt').write_text('old')
     with pytest.raises(RuntimeError), models.atomic_write('a.txt') as f:
         f.write('half of it')
-        f.flush()
-        assert Path('a.txt').read_text() == 'old'
         raise RuntimeError
-    monkeypatch.setattr(os, 'fsync', Mock(side_effect=OSError(28, 'No space left on device')))
-    with pytest.raises(OSError), models.atomic_write('a.txt') as f:
-        f.write('new')
     assert [*Path().glob('a.*')] == [Path('a.txt')] and Path('a.txt').read_text() == 'old'
-
-
-@pytest.mark.skipif(not (ROOT / 'results').is_dir(), reason='needs results/')
-def test_checkpoints_of_earlier_versions_load():
-    paths = list((ROOT / 'results').glob('cifar10/*/last.pt'))
-    assert paths and all(type(models.load_model(p)) is models.WideResNet for p in map(str, paths))
 
 
 # ---------------------------------------------------------------- data sets
@@ -1198,7 +1081,6 @@ def test_digits():
     assert images.dtype == torch.uint8 and images.max() == 255 and labels.dtype == torch.int64
     assert set(labels.tolist()) == {*range(10)} and data.class_names('digits') == [*'0123456789']
     assert torch.equal(data.load_data('digits', size=7)[0], images[:7])
-    refuses('digits has 360 test images; cannot take 361', data.load_data, 'digits', '', False, 361)
 
 
 @pytest.mark.skipif(not (ROOT / 'data/MNIST').is_dir(), reason='needs MNIST and CIFAR-10 in ./data')
@@ -1231,88 +1113,6 @@ def test_a_file_of_mnist_that_is_cut_is_refused(file):
     refuses('mnist is missing or damaged in data', data.load_data, 'mnist', 'data')
 
 
-IMAGES, TRUTH = np.full((20, 12, 10, 3), 99, np.uint8), np.arange(20) % 5
-
-
-@pytest.mark.parametrize('images, labels, told', [
-    (IMAGES / 255, TRUTH, 'uint8 .*not float64'), (IMAGES[..., 0], TRUTH, r'\(20, 12, 10\)'),
-    (IMAGES.transpose(0, 3, 1, 2), TRUTH, r'\(20, 3, 12, 10\)'), (IMAGES, TRUTH[:9], r'\(9,\)'),
-    (IMAGES, TRUTH * 1.0, 'whole numbers'), (IMAGES, TRUTH - 1, 'from 0'),
-    (IMAGES // 99, TRUTH, 'above 1'), (IMAGES[:0], TRUTH[:0], 'from 0'),
-    (None, TRUTH, 'image'), (np.array([None] * 20), TRUTH, 'allow_pickle')])
-def test_arrays_that_are_not_images_and_labels_are_refused(images, labels, told):
-    good = {'train_images': IMAGES, 'train_labels': TRUTH}
-    bad = {'test_images': images, 'test_labels': labels, 'image': images, 'label': labels}
-    np.savez('a.npz', **{k: v for k, v in (good | bad).items() if v is not None})
-    refuses(f'^a.npz.*{told}', data.load_npz, 'a.npz', 'image', 'label')
-    refuses(f'^a.npz.*{told}', data.load_data, 'a.npz')
-
-
-def save_npz(**changed):
-    labels = {'train_labels': TRUTH, 'test_labels': TRUTH[:6].astype(np.uint8)}
-    np.savez('own.npz', **{'train_images': IMAGES, 'test_images': IMAGES[:6], **labels, **changed})
-
-
-def test_custom_images_are_loaded():
-    save_npz()
-    images, labels = data.load_data('own.npz', train=False)
-    assert images.shape == (6, 3, 12, 10) and labels.tolist() == [0, 1, 2, 3, 4, 0]
-    assert data.class_names('own.npz') == [*'01234']
-    save_npz(class_names=[*'abcde'])
-    assert data.class_names('own.npz') == [*'abcde']
-    assert data.protocol('own.npz') == data.protocol('cifar10') | {'augment': 'crop'}  # no flips
-
-
-@pytest.mark.parametrize('changed, told', [
-    ({'train_labels': TRUTH + 1}, '0 to K - 1'), ({'test_labels': TRUTH[:6] + 4}, '0 to K - 1'),
-    ({'train_labels': TRUTH * 0}, 'K >= 2'), ({'class_names': ['a']}, '5 different names'),
-    ({'test_images': IMAGES[:6, :9]}, 'differ in shape'), ({'class_names': ['a'] * 5}, '5 diff')])
-def test_a_fault_in_custom_images_gives_one_line(changed, told):
-    save_npz(**changed)
-    refuses(f'^own.npz: .*{told}', data.load_data, 'own.npz')
-    refuses('^none.npz .*No such file', data.load_data, 'none.npz')
-
-
-def test_validation_images_are_the_last_of_each_class():
-    images, labels = torch.arange(10)[:, None], torch.tensor([0, 1, 2, 0, 1, 2, 2, 1, 0, 0])
-    (train, train_labels), (held, held_labels) = data.split_validation(images, labels, 6)
-    assert train.flatten().tolist() == [0, 1, 2, 3] and train_labels.tolist() == [0, 1, 2, 0]
-    assert held.flatten().tolist() == [4, 5, 6, 7, 8, 9]
-    assert torch.equal(held_labels, labels[4:])
-    for size in (4, 9):
-        refuses(f'--val-size {size}', data.split_validation, images, labels, size)
-
-
-def test_each_index_is_drawn_before_any_is_drawn_again():
-    drawn = data.draw(10, 25).tolist()
-    assert {*drawn[:10]} == {*drawn[10:20]} == {*range(10)} and len({*drawn[20:]}) == 5
-    assert len(drawn) == 25 and drawn[:10] != drawn[10:20] != sorted(drawn[10:20])
-
-
-def test_the_checksum_changes_with_any_image_or_label():
-    images, labels = torch.arange(48, dtype=torch.uint8).view(4, 3, 2, 2), torch.arange(4)
-    other = images.clone()
-    other[3, 2, 1, 1] = 0
-    changed = (other, labels), (images, labels + 1), (images,), (labels, images)
-    assert data.checksum(images, labels) == data.checksum(images.clone(), labels)
-    assert data.checksum(images, labels) not in [data.checksum(*tensors) for tensors in changed]
-
-
-def test_fractions_of_255_are_accepted_and_printed():
-    for text, value in (('8/255', 8 / 255), ('0.031', 0.031), ('1/255', 1 / 255), ('0.3', 0.3)):
-        assert data.pixels(text) == value and data.pixels_text(value) == text
-    for wrong in ('8', '0', '-1/255', '1/0', 'nan', 'inf', 'x', ''):
-        refuses(None, data.pixels, wrong)
-
-
-def test_milestones_keep_their_share_of_another_number_of_epochs():
-    found = [data.protocol('cifar10', n)['lr_milestones'] for n in (None, 110, 55, 200, 2)]
-    assert found == [[100, 105], [100, 105], [50, 53], [182, 191], [2]]
-    kinds = [data.protocol(name)['augment'] for name in ('cifar10', 'cifar100', 'mnist', 'digits')]
-    assert kinds == ['crop-flip', 'crop-flip', 'none', 'none']
-    refuses("'cifar11'", data.protocol, 'cifar11')
-
-
 def test_each_image_is_cropped_and_flipped_independently():
     size, count = 8, 8100
     images = torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8)
@@ -1333,19 +1133,6 @@ def test_each_image_is_cropped_and_flipped_independently():
 ENV = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 
-def command(*args, status=0):
-    """(stdout, stderr) of the command in this process, which must end with that exit status."""
-    out, err, got = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            evaluate.main(' '.join(map(str, args)).split())
-        except SystemExit as error:
-            got = error.code
-    message, got = (f'{got}\n', 1) if isinstance(got, str) else ('', got)  # as Python does
-    assert got == status, err.getvalue() + message
-    return out.getvalue(), err.getvalue() + message
-
-
 def table(out, number=0):
     """A table in stdout: {model: {column: text}}."""
     head, _, *lines = [line.strip('| ').split(' | ') for line in
@@ -1353,15 +1140,11 @@ def table(out, number=0):
     return {line[0]: dict(zip(head[1:], line[1:])) for line in lines}
 
 
-class Affine(nn.Module):
-    """Logits scale * (W x + b), for images of any shape."""
-
-    def __init__(self, weight, bias, scale=1.0):
-        super().__init__()
-        self.weight, self.bias, self.scale = nn.Parameter(weight), nn.Parameter(bias), scale
-
-    def forward(self, x):
-        return self.scale * F.linear(x.view(x.size(0), -1), self.weight, self.bias)
+def affine(weight, bias, scale=1.0):
+    """A network whose logits are scale * (W x + b), for images of any shape."""
+    layer = nn.Linear(*weight.T.shape)
+    layer.weight.data, layer.bias.data = scale * weight, scale * bias
+    return nn.Sequential(nn.Flatten(), layer)
 
 
 def digits(size):
@@ -1380,11 +1163,9 @@ def trained():
     images, labels = data.load_data('digits')
     model = models.build_model('smallcnn', in_channels=1).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for step in range(80):
-        index = torch.randint(len(images), (32,))
+    for index in torch.randint(len(images), (80, 32)):
         optimizer.zero_grad()
-        x = data.to_float(images[index], torch.channels_last)
-        F.cross_entropy(model(x), labels[index]).backward()
+        F.cross_entropy(model(data.to_float(images[index])), labels[index]).backward()
         optimizer.step()
     return model.eval()
 
@@ -1403,43 +1184,14 @@ def run(trained):
     return make_run('digits-at-seed1', trained)
 
 
-def linear_data(num_classes=5, size=12):
-    """own.npz with random images (3, 4, 4), and net.py with a linear network for them."""
-    random = np.random.RandomState(0)
-    arrays = {}
-    for split in ('train', 'test'):
-        arrays[f'{split}_images'] = random.randint(0, 256, (size, 4, 4, 3)).astype(np.uint8)
-        arrays[f'{split}_labels'] = np.arange(size) % num_classes
-    np.savez('own.npz', **arrays)
-    Path('net.py').write_text(f'''
-import torch.nn as nn
-import part
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(48, {num_classes})
-    def forward(self, x):
-        part.calls.append(len(x))
-        return part.change(self.fc(part.before(x).view(x.size(0), -1)))
-''')
-    own_part()
+def linear_network(change='logits', before='x', num_classes=5):
+    """Flags to evaluate net.py:linear with attacks; what it computes is in a module it imports."""
+    sys.modules.pop('helper', None)
+    Path('helper.py').write_text('import torch\ncalls = []\n'
+                                 f'change, before = lambda logits: {change}, lambda x: {before}\n')
     torch.manual_seed(1)
-    torch.save({'fc.weight': torch.randn(num_classes, 48), 'fc.bias': torch.zeros(num_classes)},
-               'own.pt')
-    return '--model-path own.pt --arch net.py:Net --dataset own.npz --epsilon 0.05 --attacks'
-
-
-def own_part(change='logits', before='x'):
-    """Write the module that net.py imports, and let it be imported anew."""
-    sys.modules.pop('part', None)
-    Path('part.py').write_text(f'''
-import torch
-calls = []
-def change(logits):
-    return {change}
-def before(x):
-    return {before}
-''')
+    torch.save({'weight': torch.randn(num_classes, 64), 'bias': torch.zeros(num_classes)}, 'own.pt')
+    return '--model-path own.pt --arch net.py:linear --dataset own.npz --epsilon 0.05 --attacks'
 
 
 # ---------------------------------------------------------------- attacks
@@ -1450,7 +1202,7 @@ def test_a_linear_model_has_its_exact_robust_accuracy(attack):
     images = torch.randint(0, 256, (60, 1, 4, 4), dtype=torch.uint8)
     x, w = data.to_float(images).flatten(1), torch.randn(16)
     b = -(x @ w).median()
-    model = Affine(torch.stack([-w / 2, w / 2]), torch.stack([-b / 2, b / 2]))
+    model = affine(torch.stack([-w / 2, w / 2]), torch.stack([-b / 2, b / 2]))
     labels = (x @ w + b > 0).long()
     labels[:5] = 1 - labels[:5]
     # The worst point within 0.1 of x and in [0, 1] is a corner of that box
@@ -1466,51 +1218,33 @@ def test_a_linear_model_has_its_exact_robust_accuracy(attack):
 @pytest.mark.parametrize('attack, share, steps', [
     ('fgsm', 1, 1), ('pgd10', 1 / 4, 10), ('pgd20', 1 / 10, 20), ('pgd100', 1 / 4, 100),
     ('ls', 1 / 10, 20)])
-@pytest.mark.parametrize('epsilon', [8 / 255, 0.3])
-def test_steps_scale_with_epsilon(attack, share, steps, epsilon):
-    model, seen = Affine(torch.tensor([[0.0] * 9, [0.01] * 9]), torch.tensor([9.0, 0.0])), []
+def test_steps_scale_with_epsilon(attack, share, steps):
+    model, seen = affine(torch.tensor([[0.0] * 9, [0.01] * 9]), torch.tensor([9.0, 0.0])), []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     x, y, kappa = torch.full((4, 1, 3, 3), 0.5), torch.zeros(4).long(), torch.zeros(4)
-    seen.append(evaluate.run_attack(attack, model, x, y, epsilon, kappa=kappa))
+    seen.append(evaluate.run_attack(attack, model, x, y, 0.3, kappa=kappa))
     moved = (seen[1] - seen[0]).abs().max().item()
-    assert len(seen) == steps + 1 and moved == pytest.approx(share * epsilon, rel=1e-4)
+    assert len(seen) == steps + 1 and moved == pytest.approx(share * 0.3, rel=1e-4)
     assert kappa.tolist() == [steps] * 4  # all iterates are correct
 
 
-def test_the_random_start_follows_from_seed_and_position(trained):
-    images, labels = digits(4)
-    x = data.to_float(images, torch.channels_last)
-    torch.manual_seed(int(np.random.SeedSequence([3, 7, 250, 0]).generate_state(1)[0]))
-    expected = evaluate.pgd_attack(trained, x, labels, 0.1, 0.1 / 10, 20)
-    assert torch.equal(evaluate.run_attack('pgd20', trained, x, labels, 0.1, 7, 250), expected)
-    assert not torch.equal(evaluate.run_attack('pgd20', trained, x, labels, 0.1, 7, 0), expected)
-
-
-def test_ls_with_scale_1_is_pgd_to_the_bit(trained):
-    images, labels = digits(12)
-    pgd, ls_1, ls_10 = (evaluate.run_attack(
-        attack, trained, data.to_float(images), labels, 0.05, ls_scale=scale)
-        for attack, scale in (('pgd20', 10), ('ls', 1), ('ls', 10)))
-    assert torch.equal(pgd, ls_1) and not torch.equal(pgd, ls_10)
-
-
-@pytest.mark.parametrize('scale, ls_scale', [(1e-3, 10.0), (1e4, 1e-4)])
-def test_ls_finds_what_masked_gradients_hide_from_pgd(scale, ls_scale):
+@pytest.mark.parametrize('scale, options', [(1e-3, {}), (1e4, {'ls_scale': 1e-4})])
+def test_ls_finds_what_masked_gradients_hide_from_pgd(scale, options):
     """Raising the pixel by 0.09 gives class 1; eight far classes pull the other way.
 
     With tiny logits the softmax is flat and the eight outweigh class 1; with huge ones the gradient
     is exactly zero in float32. In both cases PGD misses the example.
     """
-    model = Affine(torch.tensor([[0.0]] + [[1.0]] + [[-1.0]] * 8),
+    model = affine(torch.tensor([[0.0]] + [[1.0]] + [[-1.0]] * 8),
                    torch.tensor([0.0] + [-0.09 - 0.5] + [-1000.0] * 8), scale)
     pgd = evaluate.evaluate_attack(model, *gray(100), 'pgd20', 0.1)['correct']
-    ls = evaluate.evaluate_attack(model, *gray(100), 'ls', 0.1, ls_scale=ls_scale)['correct']
+    ls = evaluate.evaluate_attack(model, *gray(100), 'ls', 0.1, **options)['correct']
     assert pgd.mean() > 0.85 and ls.mean() == 0
 
 
 def test_restarts_never_raise_accuracy():
     """Without a gradient, each random start is misclassified with probability 1/4."""
-    model = Affine(torch.tensor([[0.0], [1.0]]), torch.tensor([0.0, -0.05 - 127 / 255]), 1e6)
+    model = affine(torch.tensor([[0.0], [1.0]]), torch.tensor([0.0, -0.05 - 127 / 255]), 1e6)
     one, three = (evaluate.evaluate_attack(model, *gray(200), 'pgd20', 0.1, restarts=r)
                   for r in (1, 3))
     assert 0.65 < one['correct'].mean() < 0.85 and 0.3 < three['correct'].mean() < 0.55
@@ -1525,83 +1259,52 @@ def test_an_attack_that_leaves_the_ball_is_an_error(trained, monkeypatch):
             evaluate.evaluate_attack(trained, *digits(4), 'pgd20', 0.1)
 
 
-@pytest.mark.parametrize('x, epsilon, step_size', [
-    (torch.full((2, 1, 28, 28), 1.5), 0.1, 0.01), (torch.full((2, 1, 28, 28), -0.1), 0.1, 0.01),
-    (torch.full((2, 1, 28, 28), math.nan), 0.1, 0.01), (torch.rand(2, 1, 28, 28), 8, 0.01),
-    (torch.rand(2, 1, 28, 28), -0.1, 0.01), (torch.rand(2, 1, 28, 28), 0.1, 2)])
-def test_images_and_lengths_outside_0_to_1_are_refused(x, epsilon, step_size, trained):
-    y = torch.zeros(2).long()
-    with pytest.raises(ValueError, match=r'must lie in \[0, 1\]'):
-        evaluate.pgd_attack(trained, x, y, epsilon, step_size, 1)
-    if step_size < 1:
-        for attack in ('pgd20', 'square'):
-            with pytest.raises(ValueError, match=r'must lie in \[0, 1\]'):
-                evaluate.run_attack(attack, trained, x, y, epsilon)
+@pytest.mark.parametrize('value, epsilon, step_size', [
+    (1.5, 0.1, 0.01), (-0.1, 0.1, 0.01), (math.nan, 0.1, 0.01), (0.5, 8, 0.01), (0.5, -0.1, 0.01),
+    (0.5, 0.1, 2)])
+def test_images_and_lengths_outside_0_to_1_are_refused(value, epsilon, step_size, trained):
+    x, y = torch.full((2, 1, 28, 28), value), torch.zeros(2).long()
+    refuses(r'must lie in \[0, 1\]', evaluate.pgd_attack, trained, x, y, epsilon, step_size, 1)
+    for attack in ('pgd20', 'square') * (step_size < 1):
+        refuses(r'must lie in \[0, 1\]', evaluate.run_attack, attack, trained, x, y, epsilon)
 
 
-def linear(num_classes):
-    """A linear model on 5 x 5 images, and labels of which it gets all but two."""
+def test_autoattack_matches_the_standard_version_of_the_package():
     torch.manual_seed(3)
     images = torch.randint(0, 256, (7, 1, 5, 5), dtype=torch.uint8)
-    model = Affine(torch.randn(num_classes, 25), torch.randn(num_classes))
-    labels = model(data.to_float(images)).argmax(1).detach()
-    labels[:2] = (labels[:2] + 1) % num_classes
-    return model, images, labels
-
-
-@pytest.mark.parametrize('num_classes, epsilon, attacks', [
-    (5, 0.09, ['autoattack']), (10, 0.06, ['square'])])
-def test_autoattack_matches_the_standard_version_of_the_package(num_classes, epsilon, attacks):
-    model, images, labels = linear(num_classes)
-    outcomes = evaluate.evaluate_model(model, images, labels, attacks, 0.5, epsilon, 5, seed=5)
+    model = affine(torch.randn(10, 25), torch.randn(10))
+    labels = model(data.to_float(images)).argmax(1)
+    labels[:2] = (labels[:2] + 1) % 10  # the others are classified correctly
+    outcomes = evaluate.evaluate_model(model, images, labels, ['autoattack'], 0.5, 0.06, 5, seed=5)
     correct = [outcome['correct'] for outcome in outcomes.values()]
     assert correct[0].sum() == 5 and 0 < correct[-1].sum() < 5
-    official = pyautoattack.AutoAttack(model, eps=epsilon, seed=5)
-    official.fab.n_target_classes = official.apgd_targeted.n_target_classes = min(
-        9, num_classes - 1)
-    for attack in attacks:
-        if attack != 'autoattack':
-            official.attacks_to_run = [attack]
-        _, y_adv = official.run_standard_evaluation(data.to_float(images), labels, batch_size=5)
-        assert ((y_adv == labels).numpy() == outcomes[attack]['correct']).all(), attack
+    official = pyautoattack.AutoAttack(model, eps=0.06, seed=5)
+    _, y_adv = official.run_standard_evaluation(data.to_float(images), labels, batch_size=5)
+    assert ((y_adv == labels).numpy() == correct[-1]).all()
     attacked = [np.isfinite(outcome['entropy']) for outcome in outcomes.values()]
     assert all((a == before).all() for before, a in zip(correct, attacked[1:]))
 
 
-@pytest.mark.parametrize('num_classes', [5, 10])
-def test_apgd_t_targets_every_other_class(num_classes):
+@pytest.mark.filterwarnings('ignore:there are .* zero gradient')
+def test_apgd_t_targets_every_other_class():
     """Only the least likely class is within reach."""
-    bias = -torch.arange(num_classes).float()
-    weight = torch.zeros(num_classes, 25).index_fill(0, torch.tensor(num_classes - 1), 4.0)
-    model = Affine(weight, bias - 100 * 127 / 255 * (weight[:, 0] > 0))
-    x = torch.full((3, 1, 5, 5), 127 / 255)
-    x_adv = evaluate.run_attack('apgd-t', model, x, torch.zeros(3).long(), 0.1)
-    assert (model(x).argmax(1) == 0).all() and (model(x_adv).argmax(1) == num_classes - 1).all()
-
-
-def test_apgd_t_with_three_classes_is_an_error():
-    model, images, labels = linear(3)
-    with pytest.raises(ValueError, match='at least 4 classes'):
-        evaluate.run_attack('apgd-t', model, data.to_float(images), labels, 0.1)
-
-
-def test_autoattack_warns_of_zero_gradients(caplog):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).requires_grad_(False)
-    model[1].weight.zero_()
-    x = data.to_float(digits(3)[0])
-    caplog.set_level('WARNING', 'auto-attack')  # which the command raises
-    evaluate.run_attack('apgd-t', model, x, model(x).argmax(1), 0.1)
-    assert '3 points with zero gradient' in caplog.text
+    weight = torch.zeros(5, 25).index_fill(0, torch.tensor(4), 4.0)
+    bias = torch.tensor([0.0, -1, -2, -3, -4 - 100 * 127 / 255])
+    x, y = torch.full((3, 1, 5, 5), 127 / 255), torch.zeros(3).long()
+    model = affine(weight, bias)
+    x_adv = evaluate.run_attack('apgd-t', model, x, y, 0.1)
+    assert (model(x).argmax(1) == 0).all() and (model(x_adv).argmax(1) == 4).all()
+    few = affine(weight[:3], bias[:3])
+    refuses('at least 4 classes', evaluate.run_attack, 'apgd-t', few, x, y, 0.1)
 
 
 # ---------------------------------------------------------------- metrics
 
 def test_measures_and_entropy_report_against_numpy(trained):
     images, labels = digits(40)
-    outcome = evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.03, batch_size=16)
-    z = np.concatenate([trained(evaluate.run_attack(
-        'pgd20', trained, data.to_float(images[i:i + 16], torch.channels_last), labels[i:i + 16],
-        0.03, first=i)).detach().double().numpy() for i in range(0, 40, 16)])
+    outcome = evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.03)
+    x = data.to_float(images, torch.channels_last)
+    z = trained(evaluate.run_attack('pgd20', trained, x, labels, 0.03)).detach().double().numpy()
     p, rows = np.exp(z - z.max(1, keepdims=True)), np.arange(40)
     p /= p.sum(1, keepdims=True)
     h, p_y = -(p * np.log(p)).sum(1), p[rows, labels].copy()
@@ -1626,22 +1329,19 @@ def test_entropy_is_finite_where_probabilities_are_zero():
 
 
 def test_a_network_in_train_mode_is_evaluated_in_eval_mode_and_left_as_it_was():
-    images, labels = digits(32)
     model = nn.Sequential(nn.Conv2d(1, 4, 5, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5),
                           nn.Linear(256, 10))
-    expected = evaluate.evaluate_attack(model.eval(), images, labels, 'pgd10', 0.02)['entropy']
+    expected = evaluate.evaluate_attack(model.eval(), *digits(32), 'pgd10', 0.02)['entropy']
     model.train()
     model[1].eval()  # frozen batch statistics
     model[0].weight.requires_grad_(False)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    state = torch.manual_seed(123).get_state()
-    outcome = evaluate.evaluate_attack(model, images, labels, 'pgd10', 0.02)
+    before, state = comparable(model.state_dict()), torch.manual_seed(123).get_state()
+    outcome = evaluate.evaluate_attack(model, *digits(32), 'pgd10', 0.02)
     assert (outcome['entropy'] == expected).all()
     assert [m.training for m in model] == [True, False, True, True, True] and model.training
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
     assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state)
+    assert comparable(model.state_dict()) == before and torch.get_rng_state().equal(state)
 
 
 def precision():
@@ -1662,22 +1362,16 @@ def test_attacks_search_at_torchs_precision_and_verdicts_are_in_float32(trained)
     assert (half == expected).all()
 
 
-def test_a_second_call_runs_only_the_missing_attacks(trained):
+def test_a_second_call_runs_only_the_missing_batches(trained):
     images, labels = digits(10)
-    expected = evaluate.evaluate_attack(trained, images, labels, 'pgd10', 0.1, batch_size=4)
-    measures, calls = np.full((5, 10), np.nan, np.float32), []
-
-    def interrupt():
-        calls.append(np.isfinite(measures[0]).sum())
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-    options = dict(batch_size=4, measures=measures, save=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate_attack(trained, images, labels, 'pgd10', 0.1, **options)
-    outcome = evaluate.evaluate_attack(trained, images, labels, 'pgd10', 0.1, **options)
-    assert calls == [4, 8, 10]  # one batch was missing
-    for name, values in expected.items():
-        assert (outcome[name] == values).all(), name
+    measures, done = np.full((5, 10), np.nan, np.float32), []
+    options = dict(batch_size=4, measures=measures,
+                   save=lambda: done.append(np.isfinite(measures[0]).sum()))
+    evaluate.evaluate_attack(trained, images, labels, 'pgd10', 0.1, **options)
+    expected = measures.copy()
+    measures[:, 4:8] = np.nan
+    evaluate.evaluate_attack(trained, images, labels, 'pgd10', 0.1, **options)
+    assert done == [4, 8, 10, 10] and (measures == expected).all()
 
 
 # ---------------------------------------------------------------- the command
@@ -1686,7 +1380,7 @@ FAST = '--attacks pgd20 ls --n-examples 12 --batch-size 5 --epsilon 0.04 --model
 
 
 def test_the_table_the_json_and_the_outcomes_agree_with_the_functions(run, trained):
-    out, err = command('--json a.json --save-outcomes a.npz', FAST, run)
+    out, err = command('--json a.json --save-outcomes a.npz --entropy-threshold 9', FAST, run)
     outcomes = evaluate.evaluate_model(trained, *digits(12), ('pgd20', 'ls'), 0.04, batch_size=5)
     correct = {k: outcome['correct'] for k, outcome in outcomes.items()}
     worst = correct['pgd20'] & correct['ls']
@@ -1694,13 +1388,14 @@ def test_the_table_the_json_and_the_outcomes_agree_with_the_functions(run, train
         'worst': worst.mean(), 'pgd20 - worst': (correct['pgd20'] & ~worst).mean()}
     row = {k: f'{100 * v:.2f}' for k, v in expected.items()}
     assert table(out) == {'digits-at-seed1': row} and 'n = 12' in out and 'epsilon 0.04;' in out
-    assert '\r' not in err and err.count('digits-at-seed1: ls ') == 1
+    assert table(out, 1)['digits-at-seed1']['accuracy above 9'] == '-'  # over no examples
     content = json.loads(Path('a.json').read_text())
     model = content['models'][0]
     assert model['accuracy'] == pytest.approx(expected) and model['warnings'] == []
     assert model['stderr']['clean'] == pytest.approx(
         (expected['clean'] * (1 - expected['clean']) / 12) ** 0.5)
     assert model['report']['entropy'] == pytest.approx(outcomes['pgd20']['entropy'].mean())
+    assert model['report']['accuracy_high_entropy'] is None
     assert content['versions']['torch'] == torch.__version__ and content['args']['seed'] == 1
     assert {'pyautoattack', 'attacks', 'device'} <= content['versions'].keys()
     saved = np.load('a.npz')
@@ -1709,13 +1404,6 @@ def test_the_table_the_json_and_the_outcomes_agree_with_the_functions(run, train
         values = np.array([[outcome[name] for outcome in outcomes.values()]])
         np.testing.assert_array_equal(saved[name], values.astype(saved[name].dtype))
     assert saved['correct'].dtype == bool and saved['margin'].dtype == np.float16
-
-
-def test_accuracy_over_no_examples_is_shown_as_dash_and_null(run):
-    out, _ = command('--entropy-threshold 9 --json a.json', FAST, run)
-    assert table(out, 1)['digits-at-seed1']['accuracy above 9'] == '-'
-    report = json.loads(Path('a.json').read_text())['models'][0]['report']
-    assert report['accuracy_high_entropy'] is None and report['high_entropy'] == 0
 
 
 def test_models_that_differ_in_their_seed_have_a_row_of_means(run, trained):
@@ -1731,22 +1419,13 @@ def test_models_that_differ_in_their_seed_have_a_row_of_means(run, trained):
     assert seeds['report']['sd']['entropy'] == pytest.approx(sd, abs=2e-3)
 
 
-def test_names_of_models_are_the_end_of_their_paths(trained):
-    for directory in ('x/a-seed1', 'y/a-seed1'):
-        make_run(directory, trained)
-    shutil.copy('x/a-seed1/best.pt', 'x/a-seed1/last.pt')
-    args = '--attacks fgsm --n-examples 2 --model-path x/a-seed1'
-    assert list(table(command(args, 'x/a-seed1/last.pt')[0])) == ['a-seed1', 'a-seed1/last']
-    assert 'give 2 different --names' in command(args, 'y/a-seed1', status=2)[1]
-
-
 def test_saved_results_are_reused_unless_a_setting_changes():
-    args, seen = linear_data(size=20), []
+    args, seen = linear_network(), []
 
     def count(*more):
-        sys.modules.pop('part', None)
+        sys.modules.pop('helper', None)
         seen.append(command(args, 'pgd20 ls apgd-ce --batch-size 4', *more)[0])
-        return len(sys.modules['part'].calls)
+        return len(sys.modules['helper'].calls)
     first, again = count(), count()
     assert seen[0] == seen[1] and again < 20 < 100 < first
     assert count('--entropy-threshold 1') == again
@@ -1754,45 +1433,32 @@ def test_saved_results_are_reused_unless_a_setting_changes():
                   '--split train', '--restarts 2', '--ls-scale 5', '--aa-epsilon 0.07'):
         assert count(other) > again + 10, other
         assert count(other) == again, other
-    with np.load('own.npz') as file:
-        arrays = dict(file)
-    arrays['test_labels'][-1] = 0
-    np.savez('own.npz', **arrays)
+    own_images(test_labels=np.append(np.arange(19) % 5, 0))
     assert count() > again + 10
 
 
 def test_results_of_a_changed_network_are_not_reused():
-    args, tables = linear_data(), []
-    for change in ('logits', 'logits.flip(1)', 'logits.detach() + 0 * logits'):
-        own_part(change)  # in a module that the network's file imports
-        tables.append(command(args, 'pgd20')[0])
-        os.remove('own.pt.eval.npz') if change == 'logits.flip(1)' else None
-    own_part('logits.flip(1)')
-    assert tables[1] == command(args, 'pgd20')[0] != tables[0] != tables[2]
+    """The change is in a module that the network's file imports, or in the weights."""
+    args = linear_network()
+    before = command(args, 'pgd20')[0]
+    linear_network('logits.detach() + 0 * logits')  # the same logits, but no gradient
+    assert command(args, 'pgd20')[0] != before
+    linear_network()
     weights = torch.load('own.pt', weights_only=True)
-    weights['fc.weight'][0, 0] += 1e-4
+    weights['weight'][0, 0] += 1e-4
     torch.save(weights, 'own.pt')
-    sys.modules.pop('part', None)
     command(args, 'pgd20')
-    assert len(sys.modules['part'].calls) > 25  # attacked again
+    assert len(sys.modules['helper'].calls) > 25  # attacked again
 
 
-@pytest.mark.parametrize('damage', [
-    lambda content: b'', lambda content: b'{"a": 1}', lambda content: content[:-50],
-    lambda content: content[:len(content) // 2] + b'abcdefgh' + content[len(content) // 2 + 8:]])
-def test_a_damaged_file_of_results_is_ignored_and_replaced(damage, run):
+def test_a_damaged_file_of_results_is_ignored_and_replaced(run):
     expected, _ = command(FAST, run)
     file = Path(run, 'best.pt.eval.npz')
-    good = file.read_bytes()
-    file.write_bytes(damage(good))
-    out, err = command(FAST, run)
-    assert out == expected and 'is damaged' in err and file.read_bytes() == good
-
-
-def test_evaluation_continues_if_results_cannot_be_saved(run):
-    os.mkdir(f'{run}/best.pt.eval.npz')
-    out, err = command(FAST, run)
-    assert table(out) and 'cannot write' in err
+    good, half = file.read_bytes(), len(file.read_bytes()) // 2
+    for damaged in (b'', good[:-50], good[:half] + b'abcdefgh' + good[half + 8:]):
+        file.write_bytes(damaged)
+        out, err = command(FAST, run)
+        assert out == expected and 'is damaged' in err and file.read_bytes() == good
 
 
 def test_a_killed_evaluation_continues_and_gives_the_same_table(run, trained):
@@ -1823,14 +1489,6 @@ def test_two_processes_print_the_same_table_as_one(run, trained):
     assert done.stderr.count(': pgd20') == 1
 
 
-def test_an_interrupted_command_says_that_it_can_be_continued(monkeypatch):
-    args = linear_data()
-    own_part('(_ for _ in ()).throw(KeyboardInterrupt)')
-    monkeypatch.setattr(sys, 'argv', ['evaluate.py', *args.split(), 'pgd20'])
-    with pytest.raises(SystemExit, match='^Interrupted; the same command continues'):
-        runpy.run_path(str(ROOT / 'evaluate.py'), run_name='__main__')
-
-
 def test_figures_are_written_as_png_and_pdf(run, trained):
     ew = make_run('digits-ew-at-seed1', trained, 0.5, entropy_weight=True, tau=1.0)
     second, other = make_run('digits-at-seed2', trained, 2.0), make_run('$x_seed1', trained)
@@ -1842,15 +1500,16 @@ def test_figures_are_written_as_png_and_pdf(run, trained):
 
 
 def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run):
-    command(FAST, run)
+    os.mkdir(f'{run}/best.pt.eval.npz')
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
     try:
         out, err = command('--json a.json --figures f', FAST, run, status=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert table(out) and json.loads(Path('a.json').read_text())
-    assert re.search('^Cannot write f/.* File too large\n', err, re.M) and 'a.json' not in err
+    assert table(out) and json.loads(Path('a.json').read_text()) and 'a.json' not in err
+    assert f'cannot write {run}/best.pt.eval.npz: ' in err
+    assert re.search('^Cannot write f/.* File too large\n', err, re.M)
 
 
 def test_closed_streams_do_not_stop_an_evaluation(run, monkeypatch):
@@ -1865,9 +1524,7 @@ def test_closed_streams_do_not_stop_an_evaluation(run, monkeypatch):
     ('logits', 'torch.round(8 * x) / 8', 'zero gradient'),
     ('logits + 0.1 * torch.rand_like(logits)', 'x', 'randomized')])
 def test_attacks_that_cannot_work_give_one_warning_line(change, before, told):
-    args = linear_data()
-    own_part(change, before)
-    _, err = command(args, 'pgd20 ls --json a.json')
+    _, err = command(linear_network(change, before), 'pgd20 ls --json a.json')
     assert len(re.findall(f'^Warning: .*{told}.*$', err, re.M)) == 1
     assert any(told in text for text in
                json.loads(Path('a.json').read_text())['models'][0]['warnings'])
@@ -1889,67 +1546,56 @@ def test_low_clean_accuracy_of_a_foreign_checkpoint_gives_a_hint(trained):
 
 
 def test_with_fewer_classes_the_table_names_the_targets():
-    out, _ = command(linear_data(5, 5), 'apgd-t')
+    out, _ = command(linear_network(), 'apgd-t')
     assert 'AutoAttack 0.05 with 4 targets' in out
-    args = linear_data(3, 3)
+    own_images(train_labels=np.arange(52) % 3, test_labels=np.arange(20) % 3)
+    args = linear_network(num_classes=3)
     for attack in ('autoattack', 'apgd-t'):
-        told = command(args, attack, status=2)[1]
-        assert 'at least 4 classes' in told and 'apgd-ce, fab-t and square work' in told
+        assert 'apgd-ce, fab-t and square work' in refused('evaluate', args, attack)
     assert table(command(args, 'apgd-ce fab-t')[0])
 
 
-@pytest.mark.parametrize('args, told', [
-    ('', '--model-path'), ('--model-path nothing.pt', 'nothing.pt'),
-    ('--model-path text.pt', 'text.pt'), ('--model-path bare.pt', '--dataset'),
-    ('--model-path ours.pt --attacks pgd7', "'pgd7'"),
-    ('--model-path ours.pt --epsilon 8', '8/255'),
-    ('--model-path ours.pt --names a b', '--names'), ('--model-path . --seed -1', '--seed'),
-    ('--model-path ours.pt --n-examples 361', '360'),
-    ('--model-path ours.pt --n-examples 0', '--n-examples'),
-    ('--model-path ours.pt --normalize half', 'half'),
-    ('--model-path ours.pt --ls-scale nan', '--ls-scale'),
-    ('--model-path ours.pt --dataset imagenet', 'imagenet'),
-    ('--model-path ours.pt --figures text.pt/x', 'text.pt'),
-    ('--model-path own.pt --arch net.py:Net --dataset digits', 'does not take images (1, 28, 28)'),
+@pytest.mark.parametrize('flags, told', [
+    ('--model-path nothing.pt', 'nothing.pt'), ('--model-path text.pt', 'text.pt'),
+    ('--model-path bare.pt', '--dataset'), ('--model-path .', './best.pt'),
+    ('--model-path a.safetensors', 'a.safetensors'), ('--attacks pgd7', "'pgd7'"),
+    ('--epsilon 8', '8/255'), ('--names a b', '--names'), ('--seed -1', '--seed'),
+    ('--n-examples 361', '360'), ('--n-examples 0', '--n-examples'),
+    ('--normalize 0.5', 'mean_and_std'), ('--normalize imagenet', 'mean_and_std'),
+    *[(f'--normalize {wrong}', 'normalized by') for wrong in ('0.5/0', '0.5/nan', '1,2/1')],
+    ('--ls-scale nan', '--ls-scale'), ('--dataset imagenet', 'imagenet'),
+    ('--figures text.pt/x', 'text.pt'),
+    ('--model-path own.pt --arch net.py:linear --dataset digits', 'not take images (1, 28, 28)'),
     ('--model-path own.pt --arch net.py:Gone --dataset own.npz', 'Gone')])
-def test_an_invalid_flag_gives_one_line_and_exit_status_2(args, told, trained):
-    linear_data()
+def test_an_invalid_flag_gives_one_line_and_exit_status_2(flags, told, trained):
+    linear_network(num_classes=10)
     torch.save(dict(state_dict=trained.state_dict(), algorithm='at', dataset='digits', args={}),
                 'ours.pt')
     torch.save(trained.state_dict(), 'bare.pt')
     Path('text.pt').write_text('not a model\n')
-    out, err = command(args, status=2)
-    assert out == '' and re.fullmatch('.*error: .+\n', err) and told in err, err
-
-
-def test_help_shows_epsilons_as_papers_write_them():
-    out, _ = command('--help')
-    assert 'cifar10 8/255' in out and len(out.splitlines()) < 80
+    assert told in refused('evaluate', '--model-path ours.pt', flags)
 
 
 # ---------------------------------------------------------------- the pages and their commands
 
 RESULTS = ROOT / 'results'
-PAGES = {path: path.read_text() for path in (
-    ROOT / 'README.md', RESULTS / 'README.md', RESULTS / 'cifar10' / 'README.md')}
-README = PAGES[ROOT / 'README.md']
-COMMANDS = [line for page in PAGES.values()
-            for block in re.findall(r'```bash\n(.*?)```', page, re.S)
-            for line in block.splitlines() if re.match(r'(python|torchrun) .*\.py', line)]
+PAGES = ROOT / 'README.md', RESULTS / 'README.md', RESULTS / 'cifar10' / 'README.md'
 
 
-def test_the_readme_has_the_commands_that_matter():
-    tests = 'pip install -r requirements.txt && python -m pytest -q'
-    assert tests in README and tests.replace('install', 'install -q') in (
-        ROOT / '.ci' / 'run').read_text()
-    for command in ('python train_trades.py --entropy-weight --beta 5.5',
-                    'python train_trades.py --dataset digits --entropy-weight --beta 5.5'):
-        assert command in COMMANDS
+def commands_of(text):
+    """[[script, *args]] of the commands in the bash blocks of a page, with loops unrolled."""
+    show = 'python() { printf "%s|" "$@"; echo; }; torchrun() { python "${@:2}"; }\n'
+    blocks = '\n'.join(re.findall(r'```bash\n(.*?)```', text, re.S))
+    done = subprocess.run(['/bin/bash', '-c', show + blocks], text=True, capture_output=True,
+                          env={'PATH': ''})  # runs nothing else
+    lines = [line.split('|')[:-1] for line in done.stdout.splitlines()]
+    return [line for line in lines if line[0].endswith('.py')]
 
 
 @pytest.mark.parametrize('page', PAGES, ids=str)
 def test_links_and_figures_exist(page):
-    for link, anchor in re.findall(r'(?:\]\(|src=")((?!http)[^)"#]*)(#[^)]*)?[)"]', PAGES[page]):
+    links = re.findall(r'(?:\]\(|src=")((?!http)[^)"#]*)(#[^)]*)?[)"]', page.read_text())
+    for link, anchor in links:
         target = page.parent / link if link else page
         assert target.exists(), link
         headings = re.findall('^#+ (.*)', target.read_text(), re.M) if anchor else []
@@ -1957,41 +1603,32 @@ def test_links_and_figures_exist(page):
         assert not anchor or anchor in names
 
 
-@pytest.mark.parametrize('command', [c for c in COMMANDS if '$' not in c and '--resume' not in c])
-def test_every_command_of_the_pages_parses(command):
-    show = 'python() { printf "%s\\n" "$@"; }; torchrun() { python "$@"; }; '
-    words = subprocess.run(['bash', '-c', show + command], capture_output=True,
-                           text=True).stdout.splitlines()  # with braces expanded
-    script = next(word for word in words if word.endswith('.py'))
-    args = words[words.index(script) + 1:]
-    assert {*words[:words.index(script)]} <= {'--nproc-per-node=8', '--nproc-per-node=2'}
-    if not script.startswith('results/'):
-        importlib.import_module(script[:-3]).parse_args(args)
+@pytest.mark.parametrize('page', PAGES, ids=str)
+def test_every_command_of_the_pages_parses(page):
+    commands = commands_of(page.read_text())
+    for script, *args in commands:
+        if not script.startswith('results/') and '--resume' not in args:
+            importlib.import_module(script[:-3]).parse_args(args)
+    assert len(commands) > 10
 
 
 def test_each_recipe_has_its_own_directory_and_is_evaluated():
-    recipes, = re.findall(r'^## Recipes.*?```bash\n(.*?)```', README, re.M | re.S)
-    shown = subprocess.run(['bash', '-c', f'python() {{ echo "$@"; }}\n{recipes}'], text=True,
-                           capture_output=True)  # unrolls the loops
-    made, evaluated = [], set()
-    for line in shown.stdout.splitlines():
-        script, *args = line.split()
-        if script.startswith('train_'):
-            made.append(importlib.import_module(script[:-3]).parse_args(args)[1].model_dir)
-            Path(made[-1]).mkdir(parents=True)
-            for name in ('best.pt', 'last.pt'):
-                Path(made[-1], name).touch()
-        else:
-            paths = args[args.index('--model-path') + 1:args.index('--attacks')]
-            found = subprocess.run(['bash', '-c', f'ls -d {" ".join(paths)}'], capture_output=True,
-                                   text=True)
-            assert found.returncode == 0, found.stderr
-            evaluated |= {re.sub(r'/\w+\.pt$', '', path) for path in found.stdout.split()}
-    assert len(set(made)) == len(made) > 25 and evaluated == set(made)
+    recipes, evaluated = PAGES[0].read_text().split('## Recipes')[1], set()
+    made = [importlib.import_module(script[:-3]).parse_args(args)[1].model_dir
+            for script, *args in commands_of(recipes) if script != 'evaluate.py']
+    for directory in made:
+        os.makedirs(directory)
+        for name in ('best.pt', 'last.pt'):
+            Path(directory, name).touch()
+    for script, *args in commands_of(recipes):  # whose patterns match now
+        paths = evaluate.parse_args(args)[1].model_path if script == 'evaluate.py' else []
+        assert all(map(os.path.exists, paths)), paths
+        evaluated |= set(map(os.path.dirname, paths))
+    assert len(made) > 25 and evaluated == set(made)
 
 
 def test_the_python_example_in_the_readme_runs():
-    lines, = re.findall(r'```python\n(import data, evaluate.*?)```', README, re.S)
+    lines, = re.findall(r'```python\n(import data, evaluate.*?)```', PAGES[0].read_text(), re.S)
     lines = lines.replace("'cifar10'", "'digits'").replace('size=1000', 'size=4')
     with redirect_stdout(io.StringIO()) as out:
         exec(lines, {'model': nn.Sequential(nn.Flatten(), nn.Linear(784, 10))})
@@ -2001,31 +1638,31 @@ def test_the_python_example_in_the_readme_runs():
 def test_the_recipe_in_data_py_turns_folders_of_images_into_a_data_set():
     from PIL import Image
     lines = re.search(r'    import numpy.*', data.__doc__, re.S)[0]
-    for i, (split, name) in enumerate([('train', 'cat'), ('train', 'dog'), ('test', 'dog')]):
-        Path(split, name).mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (40, 50), (50 * i, 9, 200)).save(f'{split}/{name}/{i}.png')
-    Path('test', 'cat').mkdir()
-    Image.new('RGB', (40, 50)).save('test/cat/3.png')
+    for i, folder in enumerate(('train/cat', 'train/dog', 'test/cat', 'test/dog')):
+        os.makedirs(folder)
+        Image.new('RGB', (40, 50), (50 * i, 9, 200)).save(f'{folder}/{i}.png')
     exec(re.sub('^    ', '', lines, flags=re.M), {})
     images, labels = data.load_data('my_data.npz')
     assert images.shape == (2, 3, 32, 32) and labels.tolist() == [0, 1]
     assert images[1, :, 0, 0].tolist() == [50, 9, 200]
     assert data.class_names('my_data.npz') == ['cat', 'dog']
+    assert data.class_names('own.npz') == [*'01234']  # which holds none
 
 
 def test_rsts_images_are_read_without_running_code():
-    snippet, = re.findall(r'```python\n(import pickle.*?)```', PAGES[RESULTS / 'README.md'], re.S)
+    page = PAGES[1].read_text()
+    snippet, = re.findall(r'```python\n(import pickle.*?)```', page, re.S)
     images = np.random.randint(256, size=(20, 32, 32, 3), dtype=np.uint8)
+    content, file = {'data': images, 'extrapolated_targets': np.arange(20) % 10}, Path(
+        'ti_500K_pseudo_labeled.pickle')
     for protocol in range(2, 6):
-        with open('ti_500K_pseudo_labeled.pickle', 'wb') as f:
-            pickle.dump({'data': images, 'extrapolated_targets': np.arange(20) % 10}, f, protocol)
+        file.write_bytes(pickle.dumps(content, protocol))
         exec(snippet, {})
         found, labels = data.load_npz('ti_500k.npz', 'image', 'label')
         assert (found.permute(0, 2, 3, 1).numpy() == images).all()
         assert labels.tolist() == [*range(10)] * 2
-    with open('ti_500K_pseudo_labeled.pickle', 'wb') as f:
-        f.write(b"cos\nsystem\n(S'touch ran'\ntR.")
-    with pytest.raises(pickle.UnpicklingError, match='system'):
+    file.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(pickle.UnpicklingError, match='exec'):
         exec(snippet, {})
     assert not Path('ran').exists()
 
@@ -2039,19 +1676,6 @@ def test_the_committed_networks_are_the_evaluated_ones():
                 sha.update(f'{key} {tensor.dtype} {tuple(tensor.shape)}'.encode())
                 sha.update(tensor.numpy().tobytes())
             assert sha.hexdigest() == row['weights'], row['path']
-
-
-def test_a_committed_network_has_its_recorded_accuracy():
-    if not (ROOT / 'data' / 'cifar-10-batches-py').exists():
-        pytest.skip('needs CIFAR-10 in ./data')
-    outcomes = np.load(RESULTS / 'cifar10' / 'outcomes-seed1.npz')
-    row = outcomes['models'].tolist().index('GAIRAT')
-    recorded = dict(zip(outcomes['columns'], outcomes['correct'][row, :, :250].sum(1)))
-    images, labels = data.load_data('cifar10', ROOT / 'data', train=False, size=250)
-    model = models.load_model(RESULTS / 'cifar10' / 'gairat-seed1' / 'last.pt')
-    for attack, tolerance in (('clean', 1), ('pgd20', 5)):  # other CPUs round differently
-        found = evaluate.evaluate_attack(model, images, labels, attack, 8 / 255)
-        assert abs(found['correct'].sum() - recorded[attack]) <= tolerance
 
 
 def test_the_analysis_of_the_results_runs():

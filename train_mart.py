@@ -217,8 +217,8 @@ def parse_args(argv):
     for holds, message in (
             (min(args.epochs, args.num_steps, args.batch_size) >= 1,
              '--epochs, --num-steps and --batch-size must be at least 1'),
-            (args.awp_gamma >= 0 and args.save_freq >= 0 and vars(args).get('beta', 0) >= 0,
-             '--awp-gamma, --save-freq and --beta must not be negative'),
+            (all(vars(args).get(k, 0) >= 0 for k in ('seed', 'save_freq', 'awp_gamma', 'beta')),
+             '--seed, --save-freq, --awp-gamma and --beta must not be negative'),
             (args.entropy_weight or '--tau' not in given, '--tau needs --entropy-weight'),
             (args.tau > 0 and args.lr > 0, '--tau and --lr must be above 0'),
             (milestones == sorted({n for n in milestones if n > 0}),
