@@ -202,8 +202,8 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
     uint8 (N, C, H, W); labels: (N,); examples: (N,) bool, the ones to attack (default: all); the
     others count as wrong, and their other measures are NaN. options: restarts, ls_scale. measures:
     float32 (5, N) of an earlier call, to be completed; save: called after each batch, by the first
-    process. The processes of torch.distributed share the batches. A copy of the model is evaluated,
-    in eval mode; torch's random state is left as it was.
+    process. The processes of torch.distributed share the batches. The model is evaluated in eval
+    mode; its modes and torch's random state are left as they were.
     """
     if measures is None:
         measures = np.full((len(MEASURES), len(labels)), np.nan, np.float32)
@@ -568,10 +568,10 @@ def parse_args(argv=None):
                       .removesuffix('/best') for p in args.model_path]
     if not len(set(args.names)) == len(args.names) == len(args.model_path):
         parser.error(f'give {len(args.model_path)} different --names, one for each model')
-    counts = args.restarts, args.batch_size, 1 if args.n_examples is None else args.n_examples
-    if min(counts) < 1 or args.seed < 0 or not 0 < args.ls_scale < math.inf:
-        parser.error('--restarts, --batch-size and --n-examples must be at least 1, --ls-scale '
-                     'above 0, --seed at least 0')
+    if (min(args.restarts, args.batch_size) < 1 or args.seed < 0
+            or not 0 < args.ls_scale < math.inf):
+        parser.error('--restarts and --batch-size must be at least 1, --ls-scale above 0 and '
+                     '--seed at least 0')
     args.attacks += ['pgd20'] if args.figures and 'pgd20' not in args.attacks else []
     return parser, args
 

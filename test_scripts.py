@@ -525,7 +525,8 @@ MISTAKES = [('at', *case) for case in [
     ('--dataset svhn', 'svhn'), ('--arch vgg', 'vgg'), ('--arch wideresnet29-10', 'wideresnet29'),
     ('--entropy', '--entropy'), ('--tau 2', '--entropy-weight'), ('--seed -1', 'seed'), *[
         (f'--epsilon {value}', '8/255') for value in ('8', '8/0', '0', 'nan')],
-    ('--epsilon x', 'pixels'), ('--step-size -1', '-1'), ('--momentum -1', 'momentum'), ('--wd -1', 'weight'),
+    ('--epsilon x', 'pixels'), ('--step-size -1', '-1'), ('--momentum -1', 'momentum'),
+    ('--wd -1', 'weight'),
     ('--ema 1', 'ema'), ('--awp-gamma -1', 'awp-gamma'), ('--lr-milestones -1', 'milestones'),
     ('--lr-milestones 5 3', 'increasing'), ('--lr-milestones 5 5', 'increasing'),
     ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
@@ -1560,7 +1561,7 @@ def test_with_fewer_classes_the_table_names_the_targets():
     ('--model-path bare.pt', '--dataset'), ('--model-path .', './best.pt'),
     ('--model-path a.safetensors', 'a.safetensors'), ('--attacks pgd7', "'pgd7'"),
     ('--epsilon 8', '8/255'), ('--names a b', '--names'), ('--seed -1', '--seed'),
-    ('--n-examples 361', '360'), ('--n-examples 0', '--n-examples'),
+    ('--n-examples 361', '360'), ('--n-examples 0', '360'),
     ('--normalize 0.5', 'mean_and_std'), ('--normalize imagenet', 'mean_and_std'),
     *[(f'--normalize {wrong}', 'normalized by') for wrong in ('0.5/0', '0.5/nan', '1,2/1')],
     ('--ls-scale nan', '--ls-scale'), ('--dataset imagenet', 'imagenet'),
