@@ -478,7 +478,8 @@ def main(argv=None):
 
             step += 1
             last = step == num_steps
-            asked = int(all_reduce(stop, dist.ReduceOp.MAX))  # by a signal to any of the processes
+            look = world == 1 or step % 10 == 0 or last  # for signals to any of the processes
+            asked = look and int(all_reduce(stop, dist.ReduceOp.MAX))
             due = time.monotonic() > saved_at + 60 * args.save_every_minutes
             if last or asked or due or step % -(-num_steps // 4) == 0:
                 loss = total.item() / min(step * args.batch_size, num_images)
@@ -520,6 +521,7 @@ def main(argv=None):
             f'{row["entropy"]:.2f}  {images_per_s:,.0f} images/s  {minutes:.0f} min left')
 
     if dist.is_initialized():
+        dist.barrier()  # torch 2.4 may hang if gloo is destroyed right after an all-reduce
         dist.destroy_process_group()
     if unsaved:
         sys.exit(f'{", ".join(unsaved)} could not be saved in {args.model_dir}')
