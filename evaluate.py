@@ -646,6 +646,7 @@ def main(argv=None):
     for row in rows:
         evaluate_row(args, row, rank)
     if world_size > 1:
+        dist.barrier()  # torch 2.4 may hang if gloo is destroyed right after a gather
         dist.destroy_process_group()
     if rank > 0:
         return
