@@ -646,7 +646,7 @@ def main(argv=None):
     for row in rows:
         evaluate_row(args, row, rank)
     if world_size > 1:
-        dist.barrier()  # torch 2.4 may hang if gloo is destroyed right after a gather
+        time.sleep(1)  # torch 2.4 hangs if gloo's thread still holds tensors when it is destroyed
         dist.destroy_process_group()
     if rank > 0:
         return

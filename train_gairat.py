@@ -536,7 +536,7 @@ def main(argv=None):
             f'{row["entropy"]:.2f}  {images_per_s:,.0f} images/s  {minutes:.0f} min left')
 
     if dist.is_initialized():
-        dist.barrier()  # torch 2.4 may hang if gloo is destroyed right after an all-reduce
+        time.sleep(1)  # torch 2.4 hangs if gloo's thread still holds tensors when it is destroyed
         dist.destroy_process_group()
     if unsaved:
         sys.exit(f'{", ".join(unsaved)} could not be saved in {args.model_dir}')
