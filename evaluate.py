@@ -18,6 +18,7 @@ The attacks search at torch's default precision, which may be TF32 on a GPU. Acc
 are computed from float32 predictions on the adversarial examples.
 """
 import argparse
+import atexit
 import contextlib
 import hashlib
 import json
@@ -636,6 +637,8 @@ def main(argv=None):
             torch.cuda.set_device(device)
         if world_size > 1:  # one batch may take long on a CPU
             dist.init_process_group('gloo', timeout=timedelta(days=30))
+            atexit.register(dist.destroy_process_group)
+            atexit.register(time.sleep, 1)  # before it: torch 2.4 hangs if gloo is still busy
         if rank > 0:
             dist.barrier()  # the first process downloads what is missing
         rows = prepare(args, device)
@@ -645,9 +648,6 @@ def main(argv=None):
         parser.error(error)
     for row in rows:
         evaluate_row(args, row, rank)
-    if world_size > 1:
-        time.sleep(1)  # torch 2.4 hangs if gloo's thread still holds tensors when it is destroyed
-        dist.destroy_process_group()
     if rank > 0:
         return
     outputs = {'the table': print_tables, args.json: write_json, args.save_outcomes: write_outcomes}

@@ -116,6 +116,7 @@ ALGORITHM, loss_function = 'at', at_loss
 
 # ======== below this line all train_*.py are identical ========
 import argparse
+import atexit
 import contextlib
 import copy
 import csv
@@ -307,6 +308,8 @@ def main(argv=None):
     try:
         if world > 1:  # gloo as well, so that polling for signals does not wait for the GPU
             dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
+            atexit.register(dist.destroy_process_group)
+            atexit.register(time.sleep, 1)  # before it: torch 2.4 hangs if gloo is still busy
         if rank > 0:
             dist.barrier()  # the first process downloads what is missing
 
@@ -507,9 +510,6 @@ def main(argv=None):
             f'{row[which + "clean"]:.1%}  {which}pgd10 {row[which + "pgd10"]:.1%}  entropy '
             f'{row["entropy"]:.2f}  {images_per_s:,.0f} images/s  {minutes:.0f} min left')
 
-    if dist.is_initialized():
-        time.sleep(1)  # torch 2.4 hangs if gloo's thread still holds tensors when it is destroyed
-        dist.destroy_process_group()
     if unsaved:
         sys.exit(f'{", ".join(unsaved)} could not be saved in {args.model_dir}')
     say(f'finished; evaluate it with: python evaluate.py --model-path {args.model_dir}')
