@@ -210,8 +210,8 @@ def to_float(images, memory_format=torch.contiguous_format):
 
 
 def augment(images, how):
-    """'crop-flip', 'crop' or 'none': pad by 4 and crop, and mirror, each image by itself, in one
-    gather for the whole batch, on the device of the images."""
+    """Pad by 4 and crop ('crop', 'crop-flip') and mirror ('crop-flip') each image independently, in
+    one gather for the whole batch, on the device of the images; 'none' changes nothing."""
     if how == 'none':
         return images
     (n, _, height, width), device = images.shape, images.device

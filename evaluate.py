@@ -78,8 +78,8 @@ def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, rand
     x: images (B, C, H, W) in [0, 1]; y: labels (B,). Returns x_adv, within epsilon of x and in
     [0, 1]. logit_scale=10 is the logit scaling attack (LS); num_steps=1, step_size=epsilon and
     random_start=False is FGSM. kappa: a tensor (B,) that counts the iterates that are
-    still classified correctly (the start included, x_adv not). The model is attacked in its mode.
-    Raises ValueError for images outside [0, 1] and for an epsilon or step_size in another unit.
+    still classified correctly (including the start but not x_adv). The model keeps its mode.
+    Raises ValueError if the images, epsilon or step_size are outside [0, 1].
     """
     check_input(x, epsilon, step_size)
     x_adv, low, high = x, (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
@@ -104,7 +104,7 @@ def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_sca
 
     attack: clean, or a name in STEPS or AUTOATTACK. first: the position of the first example, which
     together with seed decides the random start; torch is reseeded. Restarts attack only
-    examples that no start has broken. kappa: see pgd_attack, in the first start. Raises
+    examples that no start has broken. kappa: see pgd_attack; first start only. Raises
     RuntimeError if x_adv is not within epsilon of x and in [0, 1].
     """
     check_input(x, epsilon)
@@ -174,7 +174,7 @@ def to_input(model, images):
 
 @contextlib.contextmanager
 def frozen(model, device):
-    """Inside, the model is in eval mode, its weights take no gradients, and seeds are local."""
+    """Within it, the model is in eval mode with frozen weights; the random state is restored."""
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -248,7 +248,7 @@ def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 2
     for title, attack in columns.items():
         began, measures = time.monotonic(), None
         radius, examples = epsilon, np.ones(len(labels), bool)
-        if attack in AUTOATTACK:  # attacks what withstands the parts before it, or is correct
+        if attack in AUTOATTACK:  # attacks only what is still classified correctly
             before = [k for k in STANDARD if k in outcomes and title in STANDARD] or ['clean']
             radius, examples = aa_epsilon or epsilon, outcomes[before[-1]]['correct']
         options = dict(restarts=restarts) if attack in STEPS else {}
@@ -350,9 +350,9 @@ def evaluate_row(args, row, rank):
 
 # ---------------------------------------------------------------- tables and files
 def group_seeds(rows):
-    """Models whose names differ only in seedN, together: [label, rows, and how to draw them].
+    """Group the models whose names differ only in seedN: each group's label, rows and style.
 
-    The variants of a method have its color, and lines and markers in the order they are given.
+    The variants of a method share its color; lines and markers follow the order of the models.
     """
     names, found, colors = {}, [], dict(COLORS)
     for row in rows:
@@ -547,7 +547,7 @@ def parse_args(argv=None):
         default=list(STEPS), help=f'from the list above (default: {" ".join(STEPS)})')
     add('--epsilon', type=data.pixels, help='L-infinity radius (default: ' + ', '.join(
         f"{name} {data.pixels_text(p['epsilon'])}" for name, p in data.PROTOCOLS.items()) + ')')
-    add('--aa-epsilon', type=data.pixels, help='for AutoAttack; paper: 0.031 (default: --epsilon)')
+    add('--aa-epsilon', type=data.pixels, help='radius of AutoAttack (default: --epsilon)')
     add('--restarts', type=int, default=1, help='random starts of PGD and LS (default: 1)')
     add('--ls-scale', type=float, default=10.0, help='factor of the logits in LS (default: 10)')
     add('--batch-size', type=int, default=250, help='images per batch (default: 250)')
@@ -556,7 +556,7 @@ def parse_args(argv=None):
     add('--entropy-threshold', type=float, default=1.5, metavar='T',
         help='entropies above it count as high, in nats (default: 1.5)')
     add('--figures', metavar='DIR', help='write figures to DIR, as PNG and PDF')
-    add('--json', metavar='FILE', help='write numbers, standard errors, settings, versions there')
+    add('--json', metavar='FILE', help='write numbers, standard errors, settings, versions to FILE')
     add('--save-outcomes', metavar='FILE.npz', help='write the outcome of each example: '
         'models (M,), columns (C,), labels (N,), and (M, C, N): correct, and as float16 entropy, '
         'margin, p_wrong = 1 - p_y and kappa, the number of PGD iterates that are still classified '
@@ -638,7 +638,7 @@ def main(argv=None):
         if world_size > 1:  # one batch may take long on a CPU
             dist.init_process_group('gloo', timeout=timedelta(days=30))
             atexit.register(dist.destroy_process_group)
-            atexit.register(time.sleep, 1)  # before it: torch 2.4 hangs if gloo is still busy
+            atexit.register(time.sleep, 1)  # runs first: torch 2.4 hangs if gloo is still busy
         if rank > 0:
             dist.barrier()  # the first process downloads what is missing
         rows = prepare(args, device)

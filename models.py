@@ -79,8 +79,8 @@ class Bottleneck(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Its shortcut takes the activated input (RobustBench's PreActBlockV2), or the raw one (its
-    PreActBlock); the names of the weights are the same."""
+    """Its shortcut takes the activated input (RobustBench's PreActBlockV2) or, with raw=True, the
+    raw input (RobustBench's PreActBlock); the names of the weights are the same."""
 
     def __init__(self, in_planes, planes, stride, raw=False):
         super().__init__()
@@ -212,7 +212,7 @@ class PreActSwishBlock(nn.Module):
 
 
 class SwishNetwork(Network):
-    """DeepMind's networks (Gowal et al., 2020): SiLU, and CIFAR's normalization is part of them."""
+    """DeepMind's networks (Gowal et al., 2020), with SiLU and built-in CIFAR normalization."""
 
     def __init__(self, width, num_classes, in_channels):
         super().__init__()
@@ -315,7 +315,7 @@ def build_model(arch, num_classes=10, in_channels=3, final_bn=True):
     if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4:
         kind = WideResNetSwish if wide[3] else WideResNet
         return kind(int(wide[1]), int(wide[2]), num_classes, in_channels)
-    raise ValueError(f"unknown --arch '{arch}'; known are {ARCHS}")
+    raise ValueError(f"unknown --arch '{arch}'; supported: {ARCHS}")
 
 
 def own_network(arch, num_classes):
@@ -330,7 +330,7 @@ def own_network(arch, num_classes):
         takes_it = 'num_classes' in inspect.signature(make).parameters
         model = make(num_classes=num_classes) if takes_it else make()
         model.state_dict, model.forward  # raises AttributeError unless it is a network
-    except Exception as error:  # of whatever code it is
+    except Exception as error:  # the user's code may raise anything
         raise ValueError(f'--arch {arch}: {type(error).__name__}: {error}') from error
     return model
 
@@ -349,7 +349,7 @@ def check_network(model, shape, num_classes):
             logits.sum().backward()
             if x.grad is None:
                 raise ValueError('no gradient reaches the input')
-        except Exception as error:  # of whatever code it is
+        except Exception as error:  # the user's code may raise anything
             raise ValueError(f'the network cannot be trained on images {tuple(shape)}: '
                              f'{" ".join(str(error).split())} ({mode} mode)') from error
 
@@ -448,13 +448,13 @@ def load(path):
         if not isinstance(content, dict):
             raise ValueError(f'it holds a {type(content).__name__}, not a state_dict')
         return content
-    except Exception as error:  # whatever a damaged file makes of the parser
+    except Exception as error:  # a damaged file can make the parser raise anything
         raise ValueError(f'{path} cannot be read as a checkpoint: '
                          f'{" ".join(str(error).split())[:200]}') from None
 
 
 def find_state_dict(content, expected=()):
-    """The weights in a checkpoint, averaged ones if it has them; the (mean, std) with them or None.
+    """(weights, (mean, std) or None) of a checkpoint; the averaged weights if it has them.
 
     Prefixes such as 'module.' are removed, unless they belong to the expected names.
     """
@@ -499,7 +499,7 @@ def infer_arch(state):
         arch = 'resnet50' if 'layer1.0.conv3.weight' in state else 'resnet34'
     if not arch or [len(shape) for shape in head + first] != [2, 4]:
         raise ValueError(f"has the weights of no known network ({', '.join(sorted(state)[:3])}, "
-                         f'...); known are {ARCHS}')
+                         f'...); supported: {ARCHS}')
     return arch, head[0][0], first[0][1], 'bn.weight' in state
 
 
@@ -561,7 +561,7 @@ def mean_and_std(text):
     return mean, std
 
 
-# ---------------------------------------------------------------- weights that move
+# ---------------------------------------------------------------- perturbed and averaged weights
 
 def perturb_weights(model, gamma):
     """Adversarial weight perturbation (Wu et al., 2020): w += gamma ||w|| / ||g|| g, g = w.grad.

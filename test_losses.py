@@ -112,7 +112,7 @@ def logits_of(model, *images):
 # ---------------------------------------------------------------- what the tests run on
 
 def small_net(dtype=torch.float64):
-    """Smooth, for finite differences, with batch statistics that differ from the running ones."""
+    """A smooth network (for finite differences) whose batch and running statistics differ."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.SiLU(),
                         nn.Conv2d(6, 8, 3, 2), nn.BatchNorm2d(8), nn.SiLU(),

@@ -95,7 +95,7 @@ def own_images(seed=0, **changed):
         y = arrays[labels] = np.arange(n) % 5
         x = 0.5 * patterns[y] + 0.5 * rng.uniform(size=(n, 8, 8, 1))
         arrays[images] = (255 * x).astype(np.uint8)
-    np.savez('own.npz', **arrays | changed)  # and what is in extra.npz, which does no harm
+    np.savez('own.npz', **arrays | changed)  # both files hold all arrays
     np.savez('extra.npz', **arrays | changed)
 
 
@@ -150,8 +150,8 @@ def flags_of(algorithm, flags):
 
 @contextlib.contextmanager
 def hooks(step=lambda optimizer, n: None, forward=lambda network, x: None):
-    """Call step(optimizer, n) after the n-th step, and forward(network, x) after each pass of a
-    whole network, but for those of the trial before a run, which has 2 and 3 images."""
+    """Call step(optimizer, n) after the n-th step, and forward(network, x) after each forward pass
+    of a whole network, except the trial passes before a run, on 2 and 3 images."""
     steps = []
     def stepped(optimizer, *args):
         steps.append(1)
@@ -347,8 +347,8 @@ def test_learning_rates_of_each_schedule():
 
 @pytest.mark.parametrize('flags', [EACH_STEP, f'{EACH_STEP} {EVERYTHING}', '--save-freq 1'])
 def test_a_run_killed_between_any_two_file_writes_continues_exactly(flags, monkeypatch):
-    """From copies of its directory as a kill would leave it, before each file takes its place; one
-    of them is from the evaluation of each epoch."""
+    """Continue from copies of the directory, made before each file is put in place, as a kill would
+    leave it; in every epoch, one copy is from the evaluation."""
     replace, copies = os.replace, []
     def copy_before(a, b):
         copies.append(shutil.copytree('run', f'killed-{len(copies)}'))
@@ -431,7 +431,7 @@ def test_a_run_that_cannot_be_continued_is_refused_by_name(runs):
     assert 'train_mart.py' in refused('mart', resume)
     assert 'nowhere' in refused('at', '--resume nowhere')
     for name, flag in (('at', '--resume'), ('evaluate', '--model-path')):
-        assert '--arch' in refused(name, flag, 'run')  # no file names the code that is run
+        assert '--arch' in refused(name, flag, 'run')  # a file must not choose the code that is run
     own_images(seed=1)
     assert 'images' in refused('at', resume, '--epochs 3')
     good = Path('run/last.pt').read_bytes()
@@ -452,11 +452,11 @@ def test_a_directory_in_which_another_process_trains_is_refused():
     assert child.exitcode == 0 and 'contains a run' in refused('at', PLAIN)
 
 
-# ---------------------------------------------------------------- full disks and other bad days
+# ---------------------------------------------------------------- full disks and diverging runs
 
 @pytest.mark.parametrize('function, name', [('replace', ''), ('fsync', ''), ('replace', 'best.pt')])
 def test_training_continues_on_a_full_disk_and_saves_later(function, name, runs, monkeypatch):
-    """What it saves of best.pt are the weights of epoch 1, not those that they have become."""
+    """The best.pt that is saved later holds the weights of epoch 1, not the current ones."""
     full = []
     def step(optimizer, n):  # full at the end of epoch 1 and in the first step of epoch 2
         full.append(n) if n == 4 else full.clear() if n == 6 else None
@@ -476,7 +476,7 @@ def test_a_disk_that_stays_full_gives_exit_status_1(name, monkeypatch):
 
 @pytest.mark.parametrize('step, what', [(6, 'weight'), (8, 'weight'), (7, 'loss')])
 def test_a_loss_or_weight_that_is_not_finite_ends_the_run_before_saving(step, what):
-    """A frozen weight makes the loss nan while those that are trained are put back."""
+    """For 'loss', a frozen weight is NaN and the trained weights are restored to finite values."""
     kept = []
     def spoil(optimizer, n):
         weights = optimizer.param_groups[0]['params']
@@ -653,7 +653,7 @@ def test_three_files_train_a_network_with_both_outputs_closed():
     assert subprocess.run(command, shell=True).returncode == 0 and last_of()['epoch'] == 2
 
 
-# ---------------------------------------------------------------- weights that move, and speed
+# ---------------------------------------------------------------- AWP, averaged weights, speed
 
 def test_weight_perturbation_moves_weights_along_their_gradient_and_is_undone_exactly():
     model, x, y = models.build_model('wideresnet10-1').double(), torch.rand(3, 3, 8, 8), [0, 1, 2]
@@ -749,7 +749,7 @@ def test_outputs_are_copied_before_a_cuda_graph_overwrites_them(monkeypatch):
         assert model(1 - x).equal(memory) and first.equal(kept) and len(model(x[:3])) == 3
 
 
-# ---------------------------------------------------------------- on a GPU: a minute tells
+# ---------------------------------------------------------------- on a GPU
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 GPU = NET.replace('--no-cuda', '')
@@ -758,7 +758,7 @@ GPU = NET.replace('--no-cuda', '')
 @pytest.mark.parametrize('device', ['meta', pytest.param('cuda', marks=on_a_gpu)])
 @every_algorithm
 def test_a_step_mixes_no_devices_and_matches_the_cpu(algorithm, device):
-    """Also on the meta device, which has shapes alone, but differs from the CPU as a GPU does."""
+    """Also on the meta device, which holds no data but, like a GPU, does not mix with the CPU."""
     found, index, train_x = [], data.draw(9, 12), script(algorithm)
     model, images = models.build_model('wideresnet10-1').double(), torch.randint(256, (9, 3, 8, 8))
     for place in ('cpu', device):
@@ -829,7 +829,7 @@ NAMES = {  # first convolution, those of a block and its norms, shortcut, last n
 
 
 def published_logits(arch, state, x, statistics):
-    """RobustBench's forward passes, for swish DeepMind's; and the names that they use."""
+    """RobustBench's forward pass (DeepMind's for swish), and the names of the weights it uses."""
     first, c1, c2, n1, n2, shortcut, last, head = NAMES[re.sub(r'\d+|-\d|-raw', '', arch)].split()
     post, swish, used = arch.startswith('resnet'), arch.endswith('swish'), set()
     act, depth = F.silu if swish else F.relu, 3 if arch == 'resnet50' else 2

@@ -79,7 +79,7 @@ def gairat_weights(kappa, num_steps, psi=-1.0):
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """x_adv that maximizes CE(f(x_adv), y), by PGD from the start x_adv in eval mode (Eq. 4).
+    """Maximize CE(f(x_adv), y) by PGD from the start x_adv, in eval mode (Eq. 4).
 
     Returns (x_adv, kappa): x_adv within epsilon of x_natural and in [0, 1]; kappa (B,) in
     [0, perturb_steps].
@@ -167,7 +167,7 @@ def parse_args(argv):
     """Return the parser, the flags, and the content of last.pt if --resume is given, else {}."""
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n\n')[0], usage=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=data.HelpFormatter, epilog='Add --dataset NAME to see the defaults for it.')
+        formatter_class=data.HelpFormatter, epilog='Add --dataset NAME to see its defaults.')
     add = parser.add_argument
     add_algorithm_args(parser)
     add('--entropy-weight', action='store_true', help='EWAT: weight the loss on x_adv by entropy')
@@ -337,7 +337,7 @@ def main(argv=None):
         if world > 1:  # gloo as well, so that polling for signals does not wait for the GPU
             dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
             atexit.register(dist.destroy_process_group)
-            atexit.register(time.sleep, 1)  # before it: torch 2.4 hangs if gloo is still busy
+            atexit.register(time.sleep, 1)  # runs first: torch 2.4 hangs if gloo is still busy
         if rank > 0:
             dist.barrier()  # the first process downloads what is missing
 
@@ -432,12 +432,12 @@ def main(argv=None):
         except OSError as error:
             say(f'Warning: cannot save in {args.model_dir} ({error.strerror}); training continues')
 
-    # on Ctrl-C, kill or a cluster's time limit, the run saves and ends after the current step
+    # on Ctrl-C, kill or a cluster's time limit, the run saves and ends within ten steps
     stop = torch.zeros((), dtype=torch.int)
 
     def ask_to_stop(number, _):
         stop.fill_(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # clusters send SIGTERM twice
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # not SIGTERM: clusters send it twice
         if rank == 0 and sys.stderr:
             with contextlib.suppress(OSError):  # print() is not safe in a signal handler
                 os.write(2, b'saving, then stopping; Ctrl-C stops at once\n')
