@@ -9,7 +9,7 @@ Your own data must be an .npz file. To make one from folders of images, one fold
     train, test = (torchvision.datasets.ImageFolder(folder) for folder in ('train', 'test'))
     images = [np.stack([image.resize((32, 32)) for image, _ in split]) for split in (train, test)]
     np.savez('my_data.npz', train_images=images[0], train_labels=train.targets,
-             test_images=images[1], test_labels=test.targets, class_names=train.classes)
+             test_images=images[1], test_labels=test.targets)
 """
 import argparse
 import contextlib
@@ -80,7 +80,7 @@ def load_split(dataset, data_dir, train):
         with contextlib.redirect_stdout(sys.stderr):  # old versions print that nothing is missing
             split = getattr(datasets, dataset.upper())(data_dir, train=train, download=True)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(':')
         raise FileNotFoundError(f'{dataset} is missing or damaged in {data_dir} and could not be '
                                 f'downloaded ({reason}); digits needs no download') from None
     images = torch.as_tensor(split.data)
@@ -114,10 +114,7 @@ def load_own(path, train):
         raise ValueError(f'{path}: labels must be 0 to K - 1, each with a training image, K >= 2')
     if images.shape[1:] != test_images.shape[1:]:
         raise ValueError(f'{path}: training and test images differ in shape')
-    with np.load(path) as file:
-        names = [str(name) for name in file.get('class_names', range(num_classes))]
-    if len(set(names)) != num_classes:
-        raise ValueError(f'{path}: class_names must hold {num_classes} different names')
+    names = [*map(str, range(num_classes))]
     return (images, labels, names) if train else (test_images, test_labels, names)
 
 

@@ -557,8 +557,8 @@ LABELS = np.arange(52) % 5
 
 
 @pytest.mark.parametrize('changed, told', [
-    ({'train_images': GRAY.transpose(0, 3, 1, 2)}, '(N, H, W, C)'), ({'class_names': ['a']}, '5'),
-    ({'train_images': GRAY[..., 0]}, '(52, 8, 8)'), ({'class_names': ['a'] * 5}, '5 different'),
+    ({'train_images': GRAY.transpose(0, 3, 1, 2)}, '(N, H, W, C)'),
+    ({'train_images': GRAY[..., 0]}, '(52, 8, 8)'),
     ({'train_images': GRAY % 2}, '0 to 255'), ({'train_images': GRAY / 255}, 'float64'),
     ({'train_labels': LABELS + 1}, '0 to K - 1'), ({'train_labels': LABELS * 2}, '0 to K - 1'),
     ({'train_labels': LABELS - 1}, 'whole'), ({'train_labels': LABELS * 1.0}, 'whole'),
@@ -1646,8 +1646,7 @@ def test_the_recipe_in_data_py_turns_folders_of_images_into_a_data_set():
     images, labels = data.load_data('my_data.npz')
     assert images.shape == (2, 3, 32, 32) and labels.tolist() == [0, 1]
     assert images[1, :, 0, 0].tolist() == [50, 9, 200]
-    assert data.class_names('my_data.npz') == ['cat', 'dog']
-    assert data.class_names('own.npz') == [*'01234']  # which holds none
+    assert data.class_names('my_data.npz') == ['0', '1']
 
 
 def test_rsts_images_are_read_without_running_code():
