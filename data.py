@@ -6,14 +6,16 @@
 Your own data must be an .npz file. To make one from folders of images, one folder per class:
 
     import numpy as np, torchvision
-    train, test = (torchvision.datasets.ImageFolder(folder) for folder in ('train', 'test'))
-    images = [np.stack([image.resize((32, 32)) for image, _ in split]) for split in (train, test)]
-    np.savez('my_data.npz', train_images=images[0], train_labels=train.targets,
-             test_images=images[1], test_labels=test.targets)
+    arrays = {}
+    for split in ('train', 'test'):
+        folder = torchvision.datasets.ImageFolder(split)
+        order = np.random.default_rng(1).permutation(len(folder))  # it is sorted by class
+        arrays[f'{split}_images'] = np.stack([folder[i][0].resize((32, 32)) for i in order])
+        arrays[f'{split}_labels'] = np.array(folder.targets)[order]
+    np.savez('my_data.npz', **arrays)
 """
 import argparse
 import contextlib
-import math
 import re
 import sys
 import zlib
@@ -40,8 +42,9 @@ def protocol(dataset, epochs=None):
     if dataset not in PROTOCOLS and not dataset.endswith('.npz'):
         raise ValueError(f"unknown --dataset '{dataset}': {', '.join(PROTOCOLS)} or FILE.npz")
     found = PROTOCOLS.get(dataset, CIFAR | {'augment': 'crop'})
-    share = (epochs or found['epochs']) / found['epochs']
-    return found | {'lr_milestones': sorted({math.ceil(m * share) for m in found['lr_milestones']})}
+    full = found['epochs']
+    milestones = {-(-m * (epochs or full) // full) for m in found['lr_milestones']}  # rounded up
+    return found | {'lr_milestones': sorted(milestones)}
 
 
 def load_data(dataset, data_dir='./data', train=True, size=None):
@@ -55,6 +58,9 @@ def load_data(dataset, data_dir='./data', train=True, size=None):
     if size is not None and not 1 <= size <= len(images):
         raise ValueError(f'{dataset} has {len(images)} {"training" if train else "test"} images; '
                          f'cannot take {size} of them')
+    if size is not None and size < len(labels) and (labels.diff() >= 0).all():
+        raise ValueError(f'{dataset} is sorted by class, so its first {size} images are not a '
+                         'sample of it: shuffle it')
     return images[:size].contiguous(), labels[:size].long()
 
 
@@ -195,7 +201,7 @@ def checksum(*tensors):
     """CRC-32 of all tensors; a resumed run uses it to detect that its images have changed."""
     value = 0
     for tensor in tensors:
-        value = zlib.crc32(tensor.numpy(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
     return value
 
 

@@ -6,7 +6,7 @@
 
 Prints Markdown tables with one row per model: the accuracy under each attack in % of all examples,
 and the entropy of the predictions on the PGD-20 examples. Results of finished batches are kept
-beside each model in <model>.eval.npz, so that the same command continues an interrupted evaluation.
+beside each model in <model>.eval, so that the same command continues an interrupted evaluation.
 
     fgsm         one step of epsilon from the image
     pgd10, pgd20, pgd100   steps of epsilon/4, epsilon/10 and epsilon/4 from a random start
@@ -300,28 +300,31 @@ def inspect_model(model, x, y, num_classes):
 
 
 class Records:
-    """Measures of a model's finished batches, {key: float32 (5, N)}, in <model>.eval.npz."""
+    """Measures of a model's finished batches, float32 (5, N): a file in <model>.eval per attack."""
 
     def __init__(self, path, **identity):
-        self.path, self.identity, self.known = f'{path}.eval.npz', identity, {}
-        try:
-            if os.path.exists(self.path):
-                self.known = dict(np.load(self.path))
-        except Exception as error:  # NumPy raises many kinds for a damaged file
-            print(f'Warning: {self.path} is damaged and ignored: {error}', file=sys.stderr)
+        self.directory, self.identity = f'{path}.eval', identity
 
     def find(self, examples, **settings):
         """The measures of an attack on these examples, (N,) bool; NaN where there are none yet."""
         settings |= self.identity | dict(examples=hashlib.sha256(examples).hexdigest())
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        new = np.full((len(MEASURES), len(examples)), np.nan, np.float32)
-        key, known = gather((key, self.known.get(key, new)))[0]  # fingerprints may differ slightly
-        return self.known.setdefault(key, known)
+        path = f'{self.directory}/{settings["attack"]}-{key[:16]}.npz'
+        measures = np.full((len(MEASURES), len(examples)), np.nan, np.float32)
+        try:
+            if os.path.exists(path):
+                measures = np.load(path)['measures']
+        except Exception as error:  # NumPy raises many kinds for a damaged file
+            print(f'Warning: {path} is damaged and ignored: {error}', file=sys.stderr)
+        # those of the first process, because fingerprints may differ slightly
+        self.path, self.measures = gather((path, measures))[0]
+        return self.measures
 
     def save(self):
         try:
+            os.makedirs(self.directory, exist_ok=True)
             with models.atomic_write(self.path, 'wb') as f:
-                np.savez(f, **self.known)
+                np.savez(f, measures=self.measures)
         except OSError as error:
             print(f'Warning: cannot write {self.path}: {error.strerror}', file=sys.stderr)
 
@@ -603,7 +606,7 @@ def prepare(args, device):
     rows = []
     for name, path, saved in zip(args.names, args.model_path, about):
         model = models.load_model(path, args.arch, num_classes, args.normalize)
-        weights = data.checksum(*(v.contiguous() for v in model.state_dict().values()))
+        weights = data.checksum(*model.state_dict().values())
         model.to(device, memory_format=getattr(model, 'memory_format', torch.contiguous_format))
         x, y = to_input(model, images[:args.batch_size]), labels[:args.batch_size]
         try:

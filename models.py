@@ -323,8 +323,8 @@ def own_network(arch, num_classes):
     path, name = arch.rsplit(':', 1)
     try:
         sys.path.append(os.path.dirname(os.path.abspath(path)))  # for what it imports
-        spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location('own_network', path)
+        module = sys.modules['own_network'] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         make = getattr(module, name)
         takes_it = 'num_classes' in inspect.signature(make).parameters
@@ -335,14 +335,14 @@ def own_network(arch, num_classes):
     return model
 
 
-def check_network(model, shape, num_classes):
-    """Raise ValueError unless a network can be trained on images (B, *shape) as in a run."""
+def check_network(model, shape, num_classes, batch_size=3):
+    """Raise ValueError unless a network can be trained on images (batch_size, *shape)."""
     if not [p for p in model.parameters() if p.requires_grad]:
         raise ValueError('the network has no weights to train')
-    trial, device = copy.deepcopy(model), next(model.parameters()).device
-    for size, mode in ((2, 'eval'), (3, 'train')):
-        x = torch.rand(size, *shape, device=device, requires_grad=True)
+    for size, mode in ((2, 'eval'), (batch_size, 'train')):
         try:
+            trial, device = copy.deepcopy(model), next(model.parameters()).device
+            x = torch.rand(size, *shape, device=device, requires_grad=True)
             logits = getattr(trial, mode)()(x)
             if logits.shape != (size, num_classes):
                 raise ValueError(f'it returns {tuple(logits.shape)}, not {(size, num_classes)}')
@@ -350,7 +350,7 @@ def check_network(model, shape, num_classes):
             if x.grad is None:
                 raise ValueError('no gradient reaches the input')
         except Exception as error:  # the user's code may raise anything
-            raise ValueError(f'the network cannot be trained on images {tuple(shape)}: '
+            raise ValueError(f'the network cannot be trained on a batch {(size, *shape)}: '
                              f'{" ".join(str(error).split())} ({mode} mode)') from error
 
 
@@ -509,7 +509,7 @@ def load_weights(model, content, name):
     Returns the (mean, std) beside them, or None.
     """
     state, normalization = find_state_dict(content, model.state_dict())
-    if not all(v.isfinite().all() for v in state.values()):
+    if any(v.isnan().any() for v in state.values()):  # a mask may hold -inf
         raise ValueError('the weights are not finite: the training diverged')
     try:
         model.load_state_dict(state)
@@ -535,6 +535,8 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
     unless the file holds them. Raises ValueError with one line that names the file.
     """
     content = load(path)
+    if {'algorithm', 'arch'} <= content.keys():  # a run of this project: it knows its network
+        arch, normalize = arch if ':' in content['arch'] else str(content['arch']), None
     try:
         if arch and ':' in arch:
             model = build_model(arch, num_classes or 10)
@@ -566,11 +568,12 @@ def mean_and_std(text):
 def perturb_weights(model, gamma):
     """Adversarial weight perturbation (Wu et al., 2020): w += gamma ||w|| / ||g|| g, g = w.grad.
 
-    Moves the weights of convolutions and linear layers; returns what restore_weights takes back.
-    The official proxy network amounts to this: its learning rate cancels in the normalization.
+    Moves the parameters of two or more dimensions named weight, as the official code does; returns
+    what restore_weights takes back. The official proxy network amounts to this: its learning rate
+    cancels in the normalization.
     """
-    kept = [(m.weight, m.weight.detach().clone()) for m in model.modules()
-            if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.grad is not None]
+    kept = [(w, w.detach().clone()) for name, w in model.named_parameters()
+            if 'weight' in name and w.dim() > 1 and w.grad is not None]
     with torch.no_grad():
         for w, _ in kept:
             w += gamma * w.norm() / (w.grad.norm() + 1e-12) * w.grad

@@ -81,6 +81,8 @@ plain = lambda num_classes, p=0: nn.Sequential(
 dropout = lambda num_classes: plain(num_classes, 0.2)
 detach, change, tuple = (lambda num_classes, f=f: Net(num_classes, f) for f in (
     'detach', 'change', 'tuple'))
+norm = lambda num_classes: nn.Sequential(
+    nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, num_classes))
 eleven, colored, empty, number = lambda: Net(11), lambda: nn.Conv2d(3, 5, 8), nn.Flatten, lambda: 5
 raises = lambda: 1 / 0
 """
@@ -262,6 +264,7 @@ def test_defaults_are_the_protocol_of_the_paper(algorithm):
     assert defaults(names, '--dataset own.npz') == cifar[:-1] + ['crop']
     assert defaults('batch_size momentum tau seed') == [128, 0.9, 1, 1]
     assert defaults('lr_milestones epsilon', '--epochs 11 --epsilon 0.031') == [[10, 11], 0.031]
+    assert defaults('lr_milestones', '--epochs 121') == [[110, 116]]
     options = {'at': [{}, {}], 'trades': [{'beta': 6}] * 2, 'mart': [{'beta': 6}] * 2,
                'gairat': [{'psi': math.inf}, {'psi': -1}]}  # weights from half of the epochs on
     loss_options, args = script(algorithm).loss_options, flags_of(algorithm, '--epochs 11')
@@ -418,16 +421,33 @@ def test_flags_can_be_changed_on_resuming_and_are_listed(runs):
     shutil.copytree(runs['at'], 'run')
     out, _ = train('at', '--resume run --arch net.py:Net')
     assert 'finished' in out and same_run('run', runs['at'])
-    out, _ = train('at', '--resume run --arch net.py:Net --epochs 3 --lr 0.01 --ema 0.9')
-    changes = 'epochs 2 -> 3', 'lr 0.1 -> 0.01', 'ema None -> 0.9', 'lr_milestones [2] -> [3]'
-    assert all(change in out for change in changes) and out.count(' -> ') == 4
+    out, _ = train('at', '--resume run --arch net.py:Net --epochs 3 --lr 0.01 --ema 0.9 --wd 0.5')
+    changes = ('epochs 2 -> 3', 'lr 0.1 -> 0.01', 'ema None -> 0.9', 'lr_milestones [2] -> [3]',
+               'weight_decay 0.0005 -> 0.5')
+    assert all(change in out for change in changes) and out.count(' -> ') == 5
+    assert last_of()['optimizer']['param_groups'][0]['weight_decay'] == 0.5
     log = last_of()['log']
     assert log[2]['lr'] == 0.01 and 'ema_pgd10' in log[2] and log[2]['seconds'] > log[1]['seconds']
+
+
+def test_with_another_batch_size_a_resumed_run_begins_its_epoch_again():
+    flags, steps = f'{PLAIN} --epochs 1 --lr 1e-9', []
+    train('at', flags, '--batch-size 4 --model-dir whole')
+    with hooks(kill(signal.SIGTERM, 9)):
+        train('at', flags, '--batch-size 1', status=143)
+    with hooks(lambda optimizer, n: steps.append(n)):
+        out, _ = train('at', '--resume run --arch net.py:plain --batch-size 4')
+    assert '0 epochs and 0 steps are done' in out and 'batch_size 1 -> 4' in out
+    loss, = {round(last_of(name)['log'][0]['loss'], 5) for name in ('run', 'whole')}
+    assert len(steps) == 13 and loss > 1
 
 
 def test_a_run_that_cannot_be_continued_is_refused_by_name(runs):
     shutil.copytree(runs['at'], 'run')
     resume = '--arch net.py:Net --resume run'
+    assert '--model-dir' in refused('at', resume, '--model-dir other')
+    assert '--init-from' in refused('at', resume, '--init-from run')
+    assert '/last.pt' in refused('at', '--resume=')
     assert 'train_mart.py' in refused('mart', resume)
     assert 'nowhere' in refused('at', '--resume nowhere')
     for name, flag in (('at', '--resume'), ('evaluate', '--model-path')):
@@ -511,11 +531,11 @@ def test_two_processes_match_one(method):
 
 
 def test_two_processes_stop_when_one_is_asked_to_and_continue_exactly():
-    flags = f'{SHARED} --arch net.py:dropout --batch-size 4'
+    flags = f'{SHARED} --arch net.py:Net --batch-size 4'
     assert run_pair('at', f'{flags} --model-dir whole') == [0, 0]
     assert run_pair('at', flags, kill(signal.SIGTERM, 14)) == [143, 143]
     assert (last_of()['epoch'], last_of()['step']) == (1, 10)
-    assert run_pair('at', '--resume run --arch net.py:dropout') == [0, 0]
+    assert run_pair('at', '--resume run --arch net.py:Net') == [0, 0]
     assert same_run('run', 'whole')
 
 
@@ -537,9 +557,11 @@ MISTAKES = [('at', *case) for case in [
     ('--model-dir /dev/null/run', '/dev/null'), ('--arch smallcnn', '8, 8'),
     ('--arch none.py:Net', 'none.py'), ('--arch net.py:Nope', 'Nope'),
     ('--arch net.py:raises', 'division by zero'), ('--arch net.py:eleven', '11'),
-    ('--arch net.py:colored', '(1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
+    ('--arch net.py:colored', '(2, 1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
     ('--arch net.py:tuple', 'train mode'), ('--arch net.py:detach', 'gradient'),
-    ('--arch net.py:change', 'in-place'), ('--arch net.py:empty', 'weights'), *[
+    ('--arch net.py:change', 'in-place'), ('--arch net.py:empty', 'weights'),
+    ('--arch net.py:norm --batch-size 17', '(1, 1, 8, 8)'),  # the last of 52
+    ('--arch net.py:norm --train-size 1', '(1, 1, 8, 8)'), *[
         (f'{flag} {value}', '') for value in ('0', '-1', 'nan', 'many') for flag in (
             '--lr', '--entropy-weight --tau', '--batch-size', '--epochs', '--num-steps',
             '--extra-data extra.npz --extra-fraction')]]] + [
@@ -572,6 +594,13 @@ def test_invalid_images_are_refused(changed, told):
     assert told in refused('at', PLAIN, '--extra-data extra.npz')
 
 
+def test_the_first_images_of_a_file_that_is_sorted_by_class_are_refused():
+    own_images(train_labels=np.sort(LABELS), test_labels=np.sort(LABELS[:20]))
+    for name in ('train', 'test'):
+        assert 'sorted by class' in refused('at', PLAIN, f'--{name}-size 10')
+    train('at', PLAIN, '--test-size 20')
+
+
 @pytest.mark.parametrize('dataset, values', [
     ('cifar10', ['8/255', '2/255', '110', '0.1', 'preactresnet18']),
     ('digits', ['0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn', '0'])])
@@ -590,6 +619,28 @@ def test_a_custom_network_receives_contiguous_images():
     own_images(train_images=images, test_images=images[:20])
     Path('net.py').write_text(NETS.replace('Conv2d(1', 'Conv2d(3'))
     train('at', NET, '--epochs 1 --ema 0.9')
+
+
+def test_masks_dataclasses_and_parametrized_layers_work():
+    Path('odd.py').write_text("""from __future__ import annotations
+from dataclasses import dataclass
+import torch, torch.nn as nn
+@dataclass
+class Settings:
+    width: int = 64
+class Odd(nn.Sequential):
+    def __init__(self, num_classes):
+        linear = nn.Linear(Settings().width, num_classes, dtype=torch.bfloat16)
+        super().__init__(nn.Flatten(), nn.utils.parametrizations.weight_norm(linear))
+        self.register_buffer('mask', torch.tensor([0, -torch.inf]))
+    def forward(self, x):
+        return super().forward(x.bfloat16()).float() + self.mask[0]
+""")
+    for directory, gamma in (('plain', 0), ('awp', 0.1)):
+        train('at', OWN, f'--arch odd.py:Odd --lr 1 --awp-warmup 0 --awp-gamma {gamma}',
+              f'--model-dir {directory}')
+    assert last_of('plain')['log'][0]['loss'] != last_of('awp')['log'][0]['loss']
+    assert 'pgd20' in command('--attacks pgd20 --no-cuda --arch odd.py:Odd --model-path awp')[0]
 
 
 def test_extra_images_fill_their_share_of_each_batch_and_are_drawn_evenly():
@@ -989,6 +1040,15 @@ def test_a_checkpoint_can_neither_run_code_nor_change_torch(attack):
     assert [*Path().glob('*.pt*')] == [Path('a.pt')]
     assert torch._utils._rebuild_tensor_v2.__defaults__ == rebuild
     assert not hasattr(torch.TypedStorage, 'dump_patches')
+
+
+@torch.no_grad()
+def test_a_run_of_this_project_is_loaded_with_its_own_network_and_pixels():
+    net, x = models.build_model('preactresnet18-raw').eval(), torch.rand(2, 3, 8, 8)
+    content = dict(algorithm='at', arch='preactresnet18-raw', state_dict=net.state_dict())
+    torch.save(content, 'a.pt')
+    for arch in (None, 'preactresnet18', 'net.py:Net'):  # meant for other files of the command
+        assert torch.equal(models.load_model('a.pt', arch, 10, CIFAR10)(x), net(x))
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
@@ -1454,7 +1514,7 @@ def test_results_of_a_changed_network_are_not_reused():
 
 def test_a_damaged_file_of_results_is_ignored_and_replaced(run):
     expected, _ = command(FAST, run)
-    file = Path(run, 'best.pt.eval.npz')
+    file, = Path(run, 'best.pt.eval').glob('pgd20-*')
     good, half = file.read_bytes(), len(file.read_bytes()) // 2
     for damaged in (b'', good[:-50], good[:half] + b'abcdefgh' + good[half + 8:]):
         file.write_bytes(damaged)
@@ -1470,7 +1530,7 @@ def test_a_killed_evaluation_continues_and_gives_the_same_table(run, trained):
         if ': pgd20' in line:
             killed.send_signal(signal.SIGKILL)
     assert killed.communicate()[0] == '' and killed.returncode == -signal.SIGKILL
-    assert len(np.load(f'{run}/best.pt.eval.npz').files) == 2  # clean and pgd20
+    assert {name.split('-')[0] for name in os.listdir(f'{run}/best.pt.eval')} == {'clean', 'pgd20'}
     other = make_run('other/digits-at-seed1', trained)
     expected = command(*args, '--model-path', other)[0]
     assert command(*args, '--model-path', run)[0] == expected
@@ -1501,7 +1561,7 @@ def test_figures_are_written_as_png_and_pdf(run, trained):
 
 
 def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run):
-    os.mkdir(f'{run}/best.pt.eval.npz')
+    Path(f'{run}/best.pt.eval').touch()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
     try:
@@ -1509,7 +1569,7 @@ def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert table(out) and json.loads(Path('a.json').read_text()) and 'a.json' not in err
-    assert f'cannot write {run}/best.pt.eval.npz: ' in err
+    assert f'cannot write {run}/best.pt.eval/' in err
     assert re.search('^Cannot write f/.* File too large\n', err, re.M)
 
 
@@ -1641,11 +1701,12 @@ def test_the_recipe_in_data_py_turns_folders_of_images_into_a_data_set():
     lines = re.search(r'    import numpy.*', data.__doc__, re.S)[0]
     for i, folder in enumerate(('train/cat', 'train/dog', 'test/cat', 'test/dog')):
         os.makedirs(folder)
-        Image.new('RGB', (40, 50), (50 * i, 9, 200)).save(f'{folder}/{i}.png')
+        for name in range(20):
+            Image.new('RGB', (40, 50), (50 * i, 9, 200)).save(f'{folder}/{name}.png')
     exec(re.sub('^    ', '', lines, flags=re.M), {})
-    images, labels = data.load_data('my_data.npz')
-    assert images.shape == (2, 3, 32, 32) and labels.tolist() == [0, 1]
-    assert images[1, :, 0, 0].tolist() == [50, 9, 200]
+    images, labels = data.load_data('my_data.npz', size=39)  # refused if sorted by class
+    assert images.shape == (39, 3, 32, 32) and images[labels == 0][:, 0].max() == 0
+    assert images[labels == 1][0, :, 0, 0].tolist() == [50, 9, 200]
     assert data.class_names('my_data.npz') == ['0', '1']
 
 

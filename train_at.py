@@ -188,7 +188,7 @@ def parse_args(argv):
 
     known, _ = parser.parse_known_args([word for word in argv if word not in ('-h', '--help')])
     try:
-        saved = models.load(f'{known.resume}/last.pt') if known.resume else {}
+        saved = {} if known.resume is None else models.load(f'{known.resume}/last.pt')
         if known.resume and not (saved.get('algorithm') == ALGORITHM and 'optimizer' in saved):
             raise ValueError(f'{known.resume} holds no run of train_{ALGORITHM}.py to continue')
         past = {k: v for k, v in saved.get('args', {}).items() if hasattr(known, k)}
@@ -218,6 +218,8 @@ def parse_args(argv):
              '--begin-epoch must lie between 1 and --epochs'),
             (not args.extra_data or 0.5 < num_extra < args.batch_size - 0.5,
              '--extra-fraction must leave room for both kinds of images in a batch'),
+            (not saved or not {'--init-from', '--model-dir'} & given,
+             '--init-from and --model-dir cannot be given with --resume'),
             (not saved or ':' not in args.arch or '--arch' in given,
              'give --arch again: code is run only if the command names it')):
         if not holds:
@@ -225,7 +227,8 @@ def parse_args(argv):
     name = data.run_name(args, parser, ALGORITHM)
     args.model_dir = args.resume or args.model_dir or f'runs/{name}'
     if args.amp is None:
-        args.amp = not args.no_cuda and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        args.amp = not args.no_cuda and torch.cuda.is_available() and (
+            torch.cuda.is_bf16_supported(including_emulation=False))
     return parser, args, saved
 
 
@@ -296,9 +299,6 @@ def main(argv=None):
     cuda = torch.cuda.is_available() and not args.no_cuda
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
 
     def say(text):
         if rank == 0:
@@ -306,6 +306,9 @@ def main(argv=None):
                 print(text, flush=True)
 
     try:
+        if cuda:
+            torch.cuda.set_device(device)
+            torch.backends.cudnn.benchmark = True
         if world > 1:  # gloo as well, so that polling for signals does not wait for the GPU
             dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
             atexit.register(dist.destroy_process_group)
@@ -331,7 +334,8 @@ def main(argv=None):
             models.start_from(model, args.init_from)
         layout = getattr(model, 'memory_format', torch.contiguous_format)
         model = model.to(device, memory_format=layout)
-        models.check_network(model, shape, num_classes)
+        last_batch = (0 if extra else len(images) % args.batch_size) or args.batch_size
+        models.check_network(model, shape, num_classes, min(3, last_batch // world))
 
         if world > 1:
             if cuda:  # batch statistics of the whole batch
@@ -359,7 +363,11 @@ def main(argv=None):
             models.load_weights(model, saved['state_dict'], args.arch)
             if ema:
                 models.load_weights(ema, saved['ema_state_dict'] or saved['state_dict'], args.arch)
+            if changed.keys() & {'batch_size', 'images'}:  # the steps done were other batches
+                saved |= dict(step=0, total=0)
             optimizer.load_state_dict(saved['optimizer'])
+            optimizer.param_groups[0].update(momentum=args.momentum,
+                                             weight_decay=args.weight_decay)
             epoch, step, log = saved['epoch'], saved['step'], saved['log']
             total.fill_(saved['total'])
             began -= saved['seconds']
@@ -373,8 +381,8 @@ def main(argv=None):
             if not args.resume and os.path.exists(f'{args.model_dir}/last.pt'):
                 raise ValueError(f'{args.model_dir} contains a run: continue it with --resume, or '
                                  'choose another --model-dir')
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.error(' '.join(str(error).split()))
     models.accelerate(model, args.amp, args.compile, {args.batch_size // world, 512,
                                                       -(-args.batch_size // world)})
     if ema:
@@ -463,6 +471,9 @@ def main(argv=None):
             if perturbing:
                 models.restore_weights(unperturbed)
             optimizer.step()
+            if world > 1 and not cuda:  # one set of batch statistics, as a resumed run has
+                for statistics in model.buffers():
+                    dist.broadcast(statistics, 0)
             if ema:  # the weights before the first step do not count
                 models.average(ema, model, args.ema if epoch or step else 0)
 
