@@ -40,7 +40,7 @@ def entropy_weights(logits, tau=1.0):
     log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # so that 0 log 0 = 0
     entropy = -(log_p.exp() * log_p).sum(1)
     mean = batch_mean(entropy)
-    return torch.where(mean == 0, 1.0, entropy / mean).to(logits.dtype)
+    return torch.where(mean == 0, 1.0, entropy / mean)
 
 
 def check_input(x, step_size, epsilon):
@@ -53,9 +53,10 @@ def check_input(x, step_size, epsilon):
 
 
 def check_logits(logits):
-    """Raise ValueError unless the model returns logits (B, K) with K >= 2."""
+    """The logits in float32 at least. Raises ValueError unless they are (B, K) with K >= 2."""
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f'the model returns {tuple(logits.shape)}, not logits (B, K) with K >= 2')
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def random_start(x_natural, epsilon):
@@ -96,8 +97,7 @@ def at_loss(model, x_natural, y, optimizer, step_size=2/255, epsilon=8/255, pert
         adv = attack(model, x_natural, start, y, step_size, epsilon, perturb_steps)
     if optimizer is not None:
         optimizer.zero_grad()
-    logits_adv = model(adv)
-    check_logits(logits_adv)
+    logits_adv = check_logits(model(adv))
     w = entropy_weights(logits_adv, tau) if entropy_weight else 0
     losses = (1 + w) * F.cross_entropy(logits_adv, y, reduction='none')
     return {'mean': losses.mean, 'sum': losses.sum}[reduction]()

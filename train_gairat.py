@@ -13,8 +13,8 @@ are 1 (psi = inf).
     python train_gairat.py --entropy-weight                    # CIFAR-10, PreActResNet-18, one GPU
     python train_gairat.py --entropy-weight --dataset digits   # minutes on a CPU
 
-The loss equals the official code's but is computed faster: kappa is counted on the device, and
-the attack computes no gradients of the weights.
+For an even K, the loss equals the official code's but is computed faster: kappa is counted on the
+device, and the attack computes no gradients of the weights.
 """
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ def entropy_weights(logits, tau=1.0):
     log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # so that 0 log 0 = 0
     entropy = -(log_p.exp() * log_p).sum(1)
     mean = batch_mean(entropy)
-    return torch.where(mean == 0, 1.0, entropy / mean).to(logits.dtype)
+    return torch.where(mean == 0, 1.0, entropy / mean)
 
 
 def check_input(x, step_size, epsilon):
@@ -57,9 +57,10 @@ def check_input(x, step_size, epsilon):
 
 
 def check_logits(logits):
-    """Raise ValueError unless the model returns logits (B, K) with K >= 2."""
+    """The logits in float32 at least. Raises ValueError unless they are (B, K) with K >= 2."""
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f'the model returns {tuple(logits.shape)}, not logits (B, K) with K >= 2')
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def random_start(x_natural, epsilon):
@@ -71,7 +72,7 @@ def gairat_weights(kappa, num_steps, psi=-1.0):
     """gamma_hat (B,) of Eq. 8, with batch mean 1, from kappa (B,) in [0, num_steps].
 
     All weights are 1 if psi = inf, if num_steps = 0, or if psi is so low that every gamma
-    underflows to 0.
+    underflows to 0. Like entropy_weights, every process must call it.
     """
     gamma = (1 + torch.tanh(psi + 5 * (1 - 2 * kappa / max(num_steps, 1)))) / 2
     mean = batch_mean(gamma)
@@ -104,9 +105,10 @@ def gairat_loss(model, x_natural, y, optimizer, step_size=0.007, epsilon=0.031, 
     """The (EW-)GAIRAT loss (Eq. 8), a scalar.
 
     x_natural: images (B, C, H, W) in [0, 1], like step_size and epsilon; y: labels (B,).
-    optimizer: only used for zero_grad() before the loss; may be None. adv: the result of attack(),
-    if it was called before. reduction: 'mean' or 'sum' over the batch. Leaves the model in train
-    mode. Raises ValueError if the input is invalid or the model does not return logits (B, K).
+    optimizer: only used for zero_grad() before the loss; may be None. adv: the result of attack()
+    with perturb_steps, if it was called before. reduction: 'mean' or 'sum' over the batch. Leaves
+    the model in train mode. Raises ValueError if the input is invalid or the model does not return
+    logits (B, K).
     """
     if y.dim() != 1 or y.is_floating_point():
         raise ValueError(f'y is {y.dtype} {tuple(y.shape)}, not labels (B,)')
@@ -117,8 +119,7 @@ def gairat_loss(model, x_natural, y, optimizer, step_size=0.007, epsilon=0.031, 
     if optimizer is not None:
         optimizer.zero_grad()
     x_adv, kappa = adv
-    logits_adv = model(x_adv)
-    check_logits(logits_adv)
+    logits_adv = check_logits(model(x_adv))
     w = entropy_weights(logits_adv, tau) if entropy_weight else 0
     gamma_hat = gairat_weights(kappa, perturb_steps, psi)
     losses = (gamma_hat + w) * F.cross_entropy(logits_adv, y, reduction='none')

@@ -42,7 +42,7 @@ def entropy_weights(logits, tau=1.0):
     log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # so that 0 log 0 = 0
     entropy = -(log_p.exp() * log_p).sum(1)
     mean = batch_mean(entropy)
-    return torch.where(mean == 0, 1.0, entropy / mean).to(logits.dtype)
+    return torch.where(mean == 0, 1.0, entropy / mean)
 
 
 def check_input(x, step_size, epsilon):
@@ -55,9 +55,10 @@ def check_input(x, step_size, epsilon):
 
 
 def check_logits(logits):
-    """Raise ValueError unless the model returns logits (B, K) with K >= 2."""
+    """The logits in float32 at least. Raises ValueError unless they are (B, K) with K >= 2."""
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f'the model returns {tuple(logits.shape)}, not logits (B, K) with K >= 2')
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def random_start(x_natural, epsilon):
@@ -102,8 +103,7 @@ def mart_loss(model, x_natural, y, optimizer, step_size=0.007, epsilon=0.031, pe
         adv = attack(model, x_natural, start, y, step_size, epsilon, perturb_steps)
     if optimizer is not None:
         optimizer.zero_grad()
-    logits, logits_adv = model(x_natural), model(adv)
-    check_logits(logits_adv)
+    logits, logits_adv = check_logits(model(x_natural)), check_logits(model(adv))
     w = entropy_weights(logits_adv, tau) if entropy_weight else 0
     p_wrong = F.softmax(logits_adv, dim=1).scatter(1, y.long()[:, None], 0).max(dim=1).values
     # the official code uses 1.0001 and 1.0000001

@@ -43,7 +43,7 @@ def entropy_weights(logits, tau=1.0):
     log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # so that 0 log 0 = 0
     entropy = -(log_p.exp() * log_p).sum(1)
     mean = batch_mean(entropy)
-    return torch.where(mean == 0, 1.0, entropy / mean).to(logits.dtype)
+    return torch.where(mean == 0, 1.0, entropy / mean)
 
 
 def check_input(x, step_size, epsilon):
@@ -56,9 +56,10 @@ def check_input(x, step_size, epsilon):
 
 
 def check_logits(logits):
-    """Raise ValueError unless the model returns logits (B, K) with K >= 2."""
+    """The logits in float32 at least. Raises ValueError unless they are (B, K) with K >= 2."""
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f'the model returns {tuple(logits.shape)}, not logits (B, K) with K >= 2')
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def random_start(x_natural, epsilon):
@@ -72,8 +73,8 @@ def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
     The result lies within epsilon of x_natural and in [0, 1]. y is not used.
     """
     model.eval()
-    with torch.no_grad():
-        log_p = F.log_softmax(model(x_natural), dim=1)
+    # not under no_grad(), or autocast in torch 2.4 would cache weights that receive no gradient
+    log_p = F.log_softmax(model(x_natural), dim=1).detach()
     low, high = (x_natural - epsilon).clamp(0, 1), (x_natural + epsilon).clamp(0, 1)
     for _ in range(perturb_steps):
         x_adv = x_adv.detach().requires_grad_()
@@ -105,8 +106,7 @@ def trades_loss(model, x_natural, y, optimizer, step_size=0.003, epsilon=0.031, 
         adv = attack(model, x_natural, start, y, step_size, epsilon, perturb_steps)
     if optimizer is not None:
         optimizer.zero_grad()
-    logits, logits_adv = model(x_natural), model(adv)
-    check_logits(logits_adv)
+    logits, logits_adv = check_logits(model(x_natural)), check_logits(model(adv))
     w = entropy_weights(logits_adv, tau) if entropy_weight else 0
     kl = F.kl_div(F.log_softmax(logits_adv, dim=1), F.log_softmax(logits, dim=1),
                   reduction='none', log_target=True).sum(1)
