@@ -201,7 +201,7 @@ def checksum(*tensors):
     """CRC-32 of all tensors; a resumed run uses it to detect that its images have changed."""
     value = 0
     for tensor in tensors:
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), value)
     return value
 
 

@@ -27,6 +27,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -88,7 +89,7 @@ def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, rand
     for _ in range(num_steps):
         x_adv = x_adv.detach().requires_grad_()
         with torch.enable_grad():
-            logits = model(x_adv)
+            logits = model(x_adv).float()
             loss = F.cross_entropy(logit_scale * logits, y, reduction='sum')
         grad, = torch.autograd.grad(loss, x_adv)
         x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
@@ -147,7 +148,7 @@ def predict(model, x):
         for unit in units:
             setattr(unit, name, value)
         with torch.autocast(x.device.type, enabled=False):
-            return model(x)
+            return model(x).float()  # which may enter autocast itself
     finally:
         for unit, precision in zip(units, before):
             setattr(unit, name, precision)
@@ -303,7 +304,7 @@ class Records:
     """Measures of a model's finished batches, float32 (5, N): a file in <model>.eval per attack."""
 
     def __init__(self, path, **identity):
-        self.directory, self.identity = f'{path}.eval', identity
+        self.directory, self.identity, self.failed = f'{path}.eval', identity, False
 
     def find(self, examples, **settings):
         """The measures of an attack on these examples, (N,) bool; NaN where there are none yet."""
@@ -326,7 +327,9 @@ class Records:
             with models.atomic_write(self.path, 'wb') as f:
                 np.savez(f, measures=self.measures)
         except OSError as error:
-            print(f'Warning: cannot write {self.path}: {error.strerror}', file=sys.stderr)
+            if not self.failed:
+                print(f'Warning: cannot write {self.path}: {error.strerror}', file=sys.stderr)
+            self.failed = True
 
 
 def evaluate_row(args, row, rank):
@@ -361,12 +364,14 @@ def group_seeds(rows):
     for row in rows:
         names.setdefault(re.sub(r'[-_ ]?seed[-_ ]?\d+', '*', row['model']), []).append(row)
     for name, group in names.items():
-        label = f'{name.replace("*", "")} ({len(group)} seeds)' if group[1:] else group[0]['model']
+        label = f'{name.replace("*", "") or "all"} ({len(group)} seeds)'
+        label = label if group[1:] else group[0]['model']
         method = group[0]['about'].get('algorithm', label)
-        variant = [other.method for other in found].count(method)
         color = colors.setdefault(method, OTHER_COLORS[len(colors) % 4])
+        variant = [other.color for other in found].count(color)
         found.append(SimpleNamespace(label=label, rows=group, method=method, color=color,
-                                     line=LINES[variant % 6], marker=MARKERS[variant % 6]))
+                                     title=textwrap.fill(label, 40), line=LINES[variant % 6],
+                                     marker=MARKERS[variant % 6]))
     return found
 
 
@@ -445,7 +450,7 @@ def figure(path, panels=1, columns=1, height=2.5, **options):
         for ax in axes[panels:]:
             ax.set_axis_off()
         for kind in ('png', 'pdf'):
-            fig.savefig(f'{path}.{kind}', dpi=200)
+            fig.savefig(f'{path}.{kind}', dpi=200, bbox_inches='tight')
 
 
 def plot_entropy_histogram(path, args, rows, groups):
@@ -456,7 +461,7 @@ def plot_entropy_histogram(path, args, rows, groups):
         for group in groups:
             ax = axes[methods.index(group.method)]
             h = np.clip([row['outcomes']['pgd20']['entropy'] for row in group.rows], 0, edges[-1])
-            ax.stairs(100 * np.histogram(h, edges)[0] / h.size, edges, label=group.label,
+            ax.stairs(100 * np.histogram(h, edges)[0] / h.size, edges, label=group.title,
                       color=group.color, linestyle=group.line)
             ax.axvline(args.entropy_threshold, color='0.5', linewidth=0.6)
             ax.set(xlabel='entropy on PGD-20 examples (nats)')
@@ -475,7 +480,7 @@ def plot_entropy_vs_robustness(path, args, rows, groups):
             xerr, yerr = points.std(0, ddof=1) if len(points) > 1 else (None, None)
             ax.errorbar(*points.mean(0), yerr, xerr, group.marker, color=group.color,
                         fillstyle='full' if group.marker == 'o' else 'none', elinewidth=0.6,
-                        label=group.label)
+                        label=group.title)
         ax.set(xlabel=f'PGD-20 examples with entropy above {args.entropy_threshold:g} nats (%)',
                ylabel=f'accuracy (%), {WRITTEN[attack]}')
 
@@ -483,7 +488,8 @@ def plot_entropy_vs_robustness(path, args, rows, groups):
 def plot_pgd_vs_worst(path, args, rows, groups):
     """By how many points PGD-20 overestimates robustness; small marks: seeds, large: their mean."""
     marks = {'pgd20': 'o', 'worst': 'D', 'autoattack': 'x'}
-    with figure(path, height=1 + 0.25 * len(groups)) as (ax,):
+    lines = len(groups) * max(group.title.count('\n') + 1 for group in groups)
+    with figure(path, height=1 + 0.14 * len(groups) + 0.11 * lines) as (ax,):
         for i, group in enumerate(groups):
             mean = {}
             for attack in [k for k in marks if k in rows[0]['accuracy']]:
@@ -500,7 +506,7 @@ def plot_pgd_vs_worst(path, args, rows, groups):
         for attack in mean:
             ax.plot([], [], marks[attack], color='0.2', label=WRITTEN[attack],
                     fillstyle='none' if attack == 'pgd20' else 'full')
-        ax.set_yticks(range(len(groups)), [group.label for group in groups])
+        ax.set_yticks(range(len(groups)), [group.title for group in groups])
         ax.set(xlabel='robust accuracy (%)', ylim=(len(groups) - 0.5, -0.7))
 
 
@@ -513,18 +519,21 @@ def plot_tsne(path, args, rows, groups):
     with figure(path, len(groups), min(2, len(groups))) as axes:
         for ax, group in zip(axes, groups):
             model, inputs = group.rows[0]['network'], []
-            layer = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
+            linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+            if not linear:
+                ax.set(title=f'{group.title}: no linear layer')
+                continue
             for batch in index.split(args.batch_size):
                 x_adv = run_attack('pgd20', model, to_input(model, images[batch]), labels[batch],
                                    args.epsilon, args.seed)
-                with layer.register_forward_pre_hook(
+                with linear[-1].register_forward_pre_hook(
                         lambda _, given: inputs.append(given[0].flatten(1).cpu().numpy())):
                     predict(model, x_adv)
             tsne = TSNE(perplexity=min(30, (len(y) - 1) / 3), init='pca', random_state=args.seed)
             points = tsne.fit_transform(np.concatenate(inputs))
             for k, marker, color in zip((0, 1), 'o^', COLORS.values()):
                 ax.scatter(*points[y == k].T, s=5, c=color, marker=marker, label=args.classes[k])
-            ax.set(title=group.label, xticks=[], yticks=[])
+            ax.set(title=group.title, xticks=[], yticks=[])
 
 
 # ---------------------------------------------------------------- the command
@@ -563,14 +572,15 @@ def parse_args(argv=None):
     add('--save-outcomes', metavar='FILE.npz', help='write the outcome of each example: '
         'models (M,), columns (C,), labels (N,), and (M, C, N): correct, and as float16 entropy, '
         'margin, p_wrong = 1 - p_y and kappa, the number of PGD iterates that are still classified '
-        'correctly; NaN where an example was not attacked')
+        'correctly; NaN where an example was not attacked; where AutoAttack fails, its x_adv is x')
     args = parser.parse_args(argv)
     args.model_path = list(dict.fromkeys(
-        os.path.join(p, 'best.pt') if os.path.isdir(p) else p for p in args.model_path))
+        os.path.join(p, 'best.pt') if os.path.isdir(p) else p
+        for p in args.model_path if not p.rstrip('/').endswith('.eval')))  # results of a model
     if not args.names:  # run for run/best.pt, run/file for others
         args.names = ['/'.join(os.path.abspath(p).removesuffix('.pt').split(os.sep)[-2:])
                       .removesuffix('/best') for p in args.model_path]
-    if not len(set(args.names)) == len(args.names) == len(args.model_path):
+    if not 0 < len(set(args.names)) == len(args.names) == len(args.model_path):
         parser.error(f'give {len(args.model_path)} different --names, one for each model')
     if (min(args.restarts, args.batch_size) < 1 or args.seed < 0
             or not 0 < args.ls_scale < math.inf):
@@ -633,11 +643,11 @@ def main(argv=None):
     cuda = torch.cuda.is_available() and not args.no_cuda
     device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
     try:
+        if cuda:
+            torch.cuda.set_device(device)
         args.versions = dict(torch=str(torch.__version__), pyautoattack=pyautoattack.__version__,
                              device=torch.cuda.get_device_name(device) if cuda else 'CPU',
                              attacks=VERSION)
-        if cuda:
-            torch.cuda.set_device(device)
         if world_size > 1:  # one batch may take long on a CPU
             dist.init_process_group('gloo', timeout=timedelta(days=30))
             atexit.register(dist.destroy_process_group)

@@ -468,13 +468,14 @@ def find_state_dict(content, expected=()):
     if not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise ValueError('no state_dict found: save one with torch.save(model.state_dict(), FILE)')
     normalization = None
-    for mean in [k for k in state if re.search(r'(^|\.)(mean|mu)$', k) and k not in expected]:
-        std = re.sub('mean$', 'std', re.sub('mu$', 'sigma', mean))
-        if std in state and state[mean].numel() in (1, 3):
-            normalization = [state.pop(k).flatten().tolist() for k in (mean, std)]
-    while len({k.split('.')[0] for k in state}) == 1 and all('.' in k for k in state) \
-            and not state.keys() & set(expected):
-        state = {k.split('.', 1)[1]: v for k, v in state.items()}
+    for _ in range(2):  # prefixes before and after the normalization is taken out
+        while len({k.split('.')[0] for k in state}) == 1 and all('.' in k for k in state) \
+                and not state.keys() & set(expected):
+            state = {k.split('.', 1)[1]: v for k, v in state.items()}
+        for mean in [k for k in state if re.search(r'(^|\.)(mean|mu)$', k) and k not in expected]:
+            std = re.sub('mean$', 'std', re.sub('mu$', 'sigma', mean))
+            if std in state and state[mean].numel() in (1, 3):
+                normalization = [state.pop(k).flatten().tolist() for k in (mean, std)]
     state = {k: v for k, v in state.items()  # TRADES' WideResNet has a block that it does not use
              if k in expected or not k.startswith('sub_block1.')}
     return state, normalization
@@ -535,9 +536,13 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
     unless the file holds them. Raises ValueError with one line that names the file.
     """
     content = load(path)
-    if {'algorithm', 'arch'} <= content.keys():  # a run of this project: it knows its network
-        arch, normalize = arch if ':' in content['arch'] else str(content['arch']), None
     try:
+        if {'algorithm', 'arch'} <= content.keys():  # a run of this project: it knows its network
+            own, normalize = str(content['arch']), None
+            if ':' not in own:
+                arch = own
+            elif arch and arch.split(':')[-1] != own.split(':')[-1]:
+                raise ValueError(f'was trained with --arch {own}')
         if arch and ':' in arch:
             model = build_model(arch, num_classes or 10)
         elif ':' in str(content.get('arch')):

@@ -1049,6 +1049,15 @@ def test_a_run_of_this_project_is_loaded_with_its_own_network_and_pixels():
     torch.save(content, 'a.pt')
     for arch in (None, 'preactresnet18', 'net.py:Net'):  # meant for other files of the command
         assert torch.equal(models.load_model('a.pt', arch, 10, CIFAR10)(x), net(x))
+    torch.save(content | {'arch': 'elsewhere/net.py:Net'}, 'a.pt')
+    refuses('^a.pt: was trained with --arch elsewhere/net.py:Net', models.load_model, 'a.pt',
+            'net.py:plain')
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.module.'])
+def test_a_normalization_that_belongs_to_the_network_stays_in_it(prefix):
+    state = {'mean': torch.zeros(3), 'std': torch.ones(3), 'fc.weight': torch.zeros(2)}
+    assert models.find_state_dict(prefixed(prefix)(state), state) == (state, None)
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
@@ -1422,6 +1431,12 @@ def test_attacks_search_at_torchs_precision_and_verdicts_are_in_float32(trained)
         half = evaluate.evaluate_attack(trained, *digits(32), 'clean', 0)['entropy']
     assert (half == expected).all()
 
+    class Inner(nn.Module):
+        def forward(self, x):
+            with torch.autocast('cpu', torch.bfloat16):
+                return trained(x)
+    assert evaluate.predict(Inner(), torch.rand(2, 1, 28, 28)).dtype == torch.float32
+
 
 def test_a_second_call_runs_only_the_missing_batches(trained):
     images, labels = digits(10)
@@ -1518,7 +1533,7 @@ def test_a_damaged_file_of_results_is_ignored_and_replaced(run):
     good, half = file.read_bytes(), len(file.read_bytes()) // 2
     for damaged in (b'', good[:-50], good[:half] + b'abcdefgh' + good[half + 8:]):
         file.write_bytes(damaged)
-        out, err = command(FAST, run)
+        out, err = command(FAST, run, f'{run}/best.pt.eval')  # as with run/*
         assert out == expected and 'is damaged' in err and file.read_bytes() == good
 
 
@@ -1560,6 +1575,14 @@ def test_figures_are_written_as_png_and_pdf(run, trained):
     assert all(Path('f', name).stat().st_size > 8000 for name in os.listdir('f'))
 
 
+def test_nine_models_of_other_projects_look_different_and_seeds_alone_have_a_label():
+    rows = [dict(model=name, about={}) for name in 'abcdefghi']
+    groups = evaluate.group_seeds(rows)
+    assert len({(group.color, group.line, group.marker) for group in groups}) == 9
+    rows = [dict(model=f'seed{n}', about={}) for n in (1, 2)]
+    assert evaluate.group_seeds(rows)[0].label == 'all (2 seeds)'
+
+
 def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run):
     Path(f'{run}/best.pt.eval').touch()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1569,7 +1592,7 @@ def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert table(out) and json.loads(Path('a.json').read_text()) and 'a.json' not in err
-    assert f'cannot write {run}/best.pt.eval/' in err
+    assert err.count(f'cannot write {run}/best.pt.eval/') == 1
     assert re.search('^Cannot write f/.* File too large\n', err, re.M)
 
 
