@@ -1435,7 +1435,13 @@ def test_attacks_search_at_torchs_precision_and_verdicts_are_in_float32(trained)
         def forward(self, x):
             with torch.autocast('cpu', torch.bfloat16):
                 return trained(x)
-    assert evaluate.predict(Inner(), torch.rand(2, 1, 28, 28)).dtype == torch.float32
+    x, y = data.to_float(digits(8)[0]), digits(8)[1]
+    assert evaluate.predict(Inner(), x).dtype == torch.float32
+    found = []
+    for model in (Inner(), lambda x: Inner()(x).float()):
+        data.seed(1)
+        found.append(evaluate.pgd_attack(model, x, y, 0.1, 0.01, 5, 10.0))
+    assert torch.equal(*found)
 
 
 def test_a_second_call_runs_only_the_missing_batches(trained):
@@ -1575,6 +1581,15 @@ def test_figures_are_written_as_png_and_pdf(run, trained):
     assert all(Path('f', name).stat().st_size > 8000 for name in os.listdir('f'))
 
 
+def test_a_network_without_a_linear_layer_has_an_empty_tsne_panel():
+    Path('conv.py').write_text('from torch.nn import Conv2d, Flatten, Sequential\n'
+                               'net = lambda num_classes: Sequential(Conv2d(1, num_classes, 8), '
+                               'Flatten())\n')
+    torch.save(models.build_model('conv.py:net', 5).state_dict(), 'own.pt')
+    command('--model-path own.pt --arch conv.py:net --dataset own.npz --attacks pgd20 --figures f')
+    assert Path('f/tsne.png').exists()
+
+
 def test_nine_models_of_other_projects_look_different_and_seeds_alone_have_a_label():
     rows = [dict(model=name, about={}) for name in 'abcdefghi']
     groups = evaluate.group_seeds(rows)
@@ -1642,6 +1657,7 @@ def test_with_fewer_classes_the_table_names_the_targets():
 @pytest.mark.parametrize('flags, told', [
     ('--model-path nothing.pt', 'nothing.pt'), ('--model-path text.pt', 'text.pt'),
     ('--model-path bare.pt', '--dataset'), ('--model-path .', './best.pt'),
+    ('--model-path a.eval', '--names'),
     ('--model-path a.safetensors', 'a.safetensors'), ('--attacks pgd7', "'pgd7'"),
     ('--epsilon 8', '8/255'), ('--names a b', '--names'), ('--seed -1', '--seed'),
     ('--n-examples 361', '360'), ('--n-examples 0', '360'),
