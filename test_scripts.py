@@ -547,7 +547,7 @@ MISTAKES = [('at', *case) for case in [
         (f'--epsilon {value}', '8/255') for value in ('8', '8/0', '0', 'nan')],
     ('--epsilon x', 'pixels'), ('--step-size -1', '-1'), ('--momentum -1', 'momentum'),
     ('--wd -1', 'weight'),
-    ('--ema 1', 'ema'), ('--awp-gamma -1', 'awp-gamma'), ('--lr-milestones -1', 'milestones'),
+    ('--ema 1', 'ema'), ('--lr-milestones -1', 'milestones'),
     ('--lr-milestones 5 3', 'increasing'), ('--lr-milestones 5 5', 'increasing'),
     ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
     ('--train-size 53', '52'), ('--test-size 21', '20'),
@@ -564,9 +564,7 @@ MISTAKES = [('at', *case) for case in [
     ('--arch net.py:norm --train-size 1', '(1, 1, 8, 8)'), *[
         (f'{flag} {value}', '') for value in ('0', '-1', 'nan', 'many') for flag in (
             '--lr', '--entropy-weight --tau', '--batch-size', '--epochs', '--num-steps',
-            '--extra-data extra.npz --extra-fraction')]]] + [
-    ('trades', '--beta -1', 'beta'), ('mart', '--beta nan', 'beta'),
-    ('gairat', '--begin-epoch 0', ''), ('gairat', '--begin-epoch 111', '--begin-epoch')]
+            '--extra-data extra.npz --extra-fraction')]]]
 
 
 @pytest.mark.parametrize('algorithm, flags, told', MISTAKES)

@@ -200,35 +200,27 @@ def parse_args(argv):
         parser.error(str(error))
     args = parser.parse_args(argv)
 
-    given, milestones = {word.partition('=')[0] for word in argv}, args.lr_milestones
-    num_extra = args.extra_fraction * args.batch_size
-    for holds, message in (
-            (min(args.epochs, args.num_steps, args.batch_size) >= 1,
-             '--epochs, --num-steps and --batch-size must be at least 1'),
-            (all(vars(args).get(k, 0) >= 0 for k in ('seed', 'save_freq', 'awp_gamma', 'beta')),
-             '--seed, --save-freq, --awp-gamma and --beta must not be negative'),
-            (args.entropy_weight or '--tau' not in given, '--tau needs --entropy-weight'),
-            (args.tau > 0 and args.lr > 0, '--tau and --lr must be above 0'),
-            (milestones == sorted({n for n in milestones if n > 0}),
-             '--lr-milestones must be positive and increasing'),
-            (args.lr_schedule == 'multistep' or '--lr-milestones' not in given,
-             '--lr-milestones needs --lr-schedule multistep'),
+    sizes = args.epochs, args.num_steps, args.batch_size, args.lr, args.tau
+    for holds, message in (  # known holds the flags of this command alone
+            (all(size > 0 for size in sizes),
+             '--epochs, --num-steps, --batch-size, --lr and --tau must be above 0'),
+            (args.seed >= 0, '--seed must not be negative'),
             (args.ema is None or 0 < args.ema < 1, '--ema must lie between 0 and 1'),
-            (vars(args).get('begin_epoch') in (None, *range(1, args.epochs + 1)),
-             '--begin-epoch must lie between 1 and --epochs'),
-            (not args.extra_data or 0.5 < num_extra < args.batch_size - 0.5,
-             '--extra-fraction must leave room for both kinds of images in a batch'),
-            (not saved or not {'--init-from', '--model-dir'} & given,
+            (not args.extra_data or 0 < args.extra_fraction < 1,
+             '--extra-fraction must lie between 0 and 1'),
+            (args.entropy_weight or args.tau == 1, '--tau needs --entropy-weight'),
+            (args.lr_milestones == sorted({n for n in args.lr_milestones if n > 0}),
+             '--lr-milestones must be positive and increasing'),
+            (args.lr_schedule == 'multistep' or known.lr_milestones is None,
+             '--lr-milestones needs --lr-schedule multistep'),
+            (not saved or not (known.init_from or known.model_dir),
              '--init-from and --model-dir cannot be given with --resume'),
-            (not saved or ':' not in args.arch or '--arch' in given,
+            (not saved or ':' not in args.arch or known.arch,
              'give --arch again: code is run only if the command names it')):
         if not holds:
             parser.error(message)
     name = data.run_name(args, parser, ALGORITHM)
     args.model_dir = args.resume or args.model_dir or f'runs/{name}'
-    if args.amp is None:
-        args.amp = not args.no_cuda and torch.cuda.is_available() and (
-            torch.cuda.is_bf16_supported(including_emulation=False))
     return parser, args, saved
 
 
@@ -306,6 +298,8 @@ def main(argv=None):
                 print(text, flush=True)
 
     try:
+        if args.amp is None:
+            args.amp = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         if cuda:
             torch.cuda.set_device(device)
             torch.backends.cudnn.benchmark = True
