@@ -547,7 +547,7 @@ MISTAKES = [('at', *case) for case in [
         (f'--epsilon {value}', '8/255') for value in ('8', '8/0', '0', 'nan')],
     ('--epsilon x', 'pixels'), ('--step-size -1', '-1'), ('--momentum -1', 'momentum'),
     ('--wd -1', 'weight'),
-    ('--ema 1', 'ema'), ('--lr-milestones -1', 'milestones'),
+    ('--ema 1', 'ema'), ('--compile fast', 'fast'), ('--lr-milestones -1', 'milestones'),
     ('--lr-milestones 5 3', 'increasing'), ('--lr-milestones 5 5', 'increasing'),
     ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
     ('--train-size 53', '52'), ('--test-size 21', '20'),

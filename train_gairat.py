@@ -180,12 +180,10 @@ def parse_args(argv):
     add('--data-dir', default='./data', help='missing data sets are downloaded here')
     add('--train-size', type=int, metavar='N', help='use only the first N training images')
     add('--test-size', type=int, metavar='N', help='use only the first N test images')
-    add('--val-size', type=int, default=0, metavar='N',
-        help='select best.pt on N held-out training images instead of the test images')
+    add('--val-size', type=int, default=0, metavar='N', help='hold out training images for best.pt')
     add('--augment', choices=['none', 'crop', 'crop-flip'], help='data augmentation')
     add('--extra-data', metavar='FILE.npz', help='extra images, with keys image and label')
-    add('--extra-fraction', type=float, default=0.7, metavar='F',
-        help='share of extra images in each batch')
+    add('--extra-fraction', type=float, default=0.7, metavar='F', help='their share of each batch')
     add('--arch', help=models.ARCHS)
     add('--init-from', metavar='FILE', help='start from the weights in this checkpoint')
     add('--epochs', type=int, metavar='N', help='passes over the training images')
@@ -193,25 +191,18 @@ def parse_args(argv):
     add('--lr', type=float, help='learning rate')
     add('--lr-schedule', choices=['multistep', 'cosine', 'onecycle'], default='multistep',
         help='learning-rate schedule')
-    add('--lr-milestones', type=int, nargs='*', metavar='EPOCH', help='multistep: epochs after '
-        'which lr is divided by 10; if not given, they scale with --epochs')
+    add('--lr-milestones', type=int, nargs='*', metavar='EPOCH', help='divide lr by 10 after these')
     add('--momentum', type=float, default=0.9, metavar='M', help='momentum of SGD')
     add('--weight-decay', '--wd', type=float, metavar='WD', help='weight decay of SGD')
-    add('--awp-gamma', type=float, default=0.0, metavar='G',
-        help='adversarial weight perturbation, e.g. 0.005 for TRADES and 0.01 for AT')
+    add('--awp-gamma', type=float, default=0.0, help='adversarial weight perturbation, e.g. 0.005')
     add('--awp-warmup', type=int, default=10, metavar='N', help='initial epochs without AWP')
-    add('--ema', type=float, metavar='DECAY',
-        help='decay of averaged weights, e.g. 0.995, which then select best.pt')
-    add('--amp', action=argparse.BooleanOptionalAction,
-        help='run the network in bfloat16 (default: if the GPU supports it)')
-    add('--compile', nargs='?', const='default', help='torch.compile the network', choices=[
-        'default', 'reduce-overhead', 'max-autotune'])
+    add('--ema', type=float, metavar='DECAY', help='averaged weights, e.g. 0.995; they select best.pt')
+    add('--amp', action=argparse.BooleanOptionalAction, help='bfloat16 (default: if the GPU can)')
+    add('--compile', nargs='?', const='default', metavar='MODE', help='torch.compile, in this mode')
     add('--seed', type=int, default=1, help='seed of all random numbers')
-    add('--model-dir', metavar='DIR', help='where to save; must not contain a run (default: '
-        'in runs/, named after all flags that change the result)')
+    add('--model-dir', metavar='DIR', help='where to save (default: runs/, named after the flags)')
     add('--resume', metavar='DIR', help='continue the run in this directory')
-    add('--save-every-minutes', type=float, default=15, metavar='M',
-        help='minutes between saves, also within an epoch')
+    add('--save-every-minutes', type=float, default=15, metavar='M', help='also within an epoch')
     add('--save-freq', type=int, default=0, metavar='N', help='keep every Nth epoch as epoch-E.pt')
     add('--no-cuda', action='store_true', help='train on the CPU')
 
@@ -369,6 +360,9 @@ def main(argv=None):
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum,
                                     weight_decay=args.weight_decay, fused=cuda)
+        models.accelerate(model, args.amp, args.compile, (args.batch_size // world, 512))
+        if ema:
+            models.accelerate(ema, args.amp)
 
         # where the run stands
         epoch, step, log, unsaved, began = 0, 0, [], {}, time.monotonic()
@@ -406,10 +400,6 @@ def main(argv=None):
                                  'choose another --model-dir')
     except (OSError, ValueError, RuntimeError) as error:
         parser.error(' '.join(str(error).split()))
-    models.accelerate(model, args.amp, args.compile, {args.batch_size // world, 512,
-                                                      -(-args.batch_size // world)})
-    if ema:
-        models.accelerate(ema, args.amp)
 
     def save(*names):
         """Write config.json, log.csv and NAME.pt for each name; try again later if that fails."""
