@@ -179,22 +179,40 @@ def split_validation(images, labels, size):
 
 
 def load_run(args):
-    """(images, labels) to train on, (images, labels) held out, extra ones or (), and K. The
-    test images are held out or, with --val-size, the last training images of each class."""
+    """Training images and labels, how many of them are the data set's (the extra ones follow),
+    (images, labels) held out, and the number of classes. The test images are held out or, with
+    --val-size, the last training images of each class."""
     num_classes = len(class_names(args.dataset, args.data_dir))
-    own = load_data(args.dataset, args.data_dir, True, args.train_size)
+    images, labels = load_data(args.dataset, args.data_dir, True, args.train_size)
     held_out = load_data(args.dataset, args.data_dir, False, args.test_size)
     if args.val_size:
-        own, held_out = split_validation(*own, args.val_size)
-    extra = load_npz(args.extra_data, 'image', 'label') if args.extra_data else ()
-    if extra and (extra[0].shape[1:] != own[0].shape[1:] or extra[1].max() >= num_classes):
-        raise ValueError(f'{args.extra_data} and {args.dataset} differ in shape or classes')
-    return own, held_out, extra, num_classes
+        (images, labels), held_out = split_validation(images, labels, args.val_size)
+    num_own = len(images)
+    if args.extra_data:
+        more_images, more_labels = load_npz(args.extra_data, 'image', 'label')
+        images, labels = torch.cat([images, more_images]), torch.cat([labels, more_labels])
+    if labels.max() >= num_classes:
+        raise ValueError(f'{args.extra_data} has more classes than {args.dataset}')
+    return images, labels, num_own, held_out, num_classes
 
 
 def draw(n, count, device=None):
     """`count` random indices below n; none is drawn again before all others have been."""
     return torch.cat([torch.randperm(n, device=device) for _ in range(-(-count // n))])[:count]
+
+
+def draw_batches(num_own, num_images, args, device):
+    """The indices of each batch of an epoch, which shows each of the first num_own images once.
+
+    Any further images take --extra-fraction of each batch and do not lengthen the epoch.
+    """
+    if num_images == num_own:
+        return draw(num_own, num_own, device).split(args.batch_size)
+    num_steps = -(-num_own // args.batch_size)
+    share = min(max(1, round(args.extra_fraction * args.batch_size)), args.batch_size - 1)
+    own = draw(num_own, num_steps * (args.batch_size - share), device)
+    extra = num_own + draw(num_images - num_own, num_steps * share, device)
+    return torch.cat([own.view(num_steps, -1), extra.view(num_steps, -1)], dim=1)
 
 
 def checksum(*tensors):

@@ -335,22 +335,16 @@ def own_network(arch, num_classes):
     return model
 
 
-def check_network(model, shape, num_classes, batch_size=3):
-    """Raise ValueError unless a network can be trained on images (batch_size, *shape)."""
-    if not [p for p in model.parameters() if p.requires_grad]:
-        raise ValueError('the network has no weights to train')
-    for size, mode in ((2, 'eval'), (batch_size, 'train')):
+def check_network(model, x, num_classes):
+    """Raise ValueError unless a network can be attacked and trained on images such as x."""
+    for mode in ('eval', 'train'):
         try:
-            trial, device = copy.deepcopy(model), next(model.parameters()).device
-            x = torch.rand(size, *shape, device=device, requires_grad=True)
-            logits = getattr(trial, mode)()(x)
-            if logits.shape != (size, num_classes):
-                raise ValueError(f'it returns {tuple(logits.shape)}, not {(size, num_classes)}')
-            logits.sum().backward()
-            if x.grad is None:
-                raise ValueError('no gradient reaches the input')
+            logits = getattr(copy.deepcopy(model), mode)()(x.requires_grad_())
+            if logits.shape != (len(x), num_classes):
+                raise ValueError(f'it returns {tuple(logits.shape)}, not {(len(x), num_classes)}')
+            torch.autograd.grad(logits.sum(), x)  # an error if no gradient reaches the input
         except Exception as error:  # the user's code may raise anything
-            raise ValueError(f'the network cannot be trained on a batch {(size, *shape)}: '
+            raise ValueError(f'the network cannot be trained on a batch {tuple(x.shape)}: '
                              f'{" ".join(str(error).split())} ({mode} mode)') from error
 
 

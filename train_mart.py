@@ -180,7 +180,7 @@ def parse_args(argv):
     add('--weight-decay', '--wd', type=float, metavar='WD', help='weight decay of SGD')
     add('--awp-gamma', type=float, default=0.0, help='adversarial weight perturbation, e.g. 0.005')
     add('--awp-warmup', type=int, default=10, metavar='N', help='initial epochs without AWP')
-    add('--ema', type=float, metavar='DECAY', help='averaged weights, e.g. 0.995; they select best.pt')
+    add('--ema', type=float, metavar='DECAY', help='averaged weights, e.g. 0.995, for best.pt')
     add('--amp', action=argparse.BooleanOptionalAction, help='bfloat16 (default: if the GPU can)')
     add('--compile', nargs='?', const='default', metavar='MODE', help='torch.compile, in this mode')
     add('--seed', type=int, default=1, help='seed of all random numbers')
@@ -315,26 +315,20 @@ def main(argv=None):
             dist.barrier()  # the first process downloads what is missing
 
         # data: all of it stays on the device as uint8
-        (images, labels), held_out, extra, num_classes = data.load_run(args)
+        images, labels, num_own, held_out, num_classes = data.load_run(args)
         if rank == 0 and world > 1:
             dist.barrier()
-        shape, checksum = images.shape[1:], data.checksum(images, labels, *held_out, *extra)
+        checksum = data.checksum(images, labels, *held_out)
         images, labels, *held_out = (t.to(device) for t in (images, labels, *held_out))
-        extra = [t.to(device) for t in extra]
-        num_extra = round(args.extra_fraction * args.batch_size) if extra else 0
-        num_steps = -(-len(images) // args.batch_size)  # extra images do not lengthen an epoch
-        num_images = num_steps * args.batch_size if extra else len(images)
 
         # network
         data.seed(args.seed)
-        model = models.build_model(args.arch, num_classes, shape[0])
+        model = models.build_model(args.arch, num_classes, images.shape[1])
         if args.init_from and not args.resume:
             models.start_from(model, args.init_from)
         layout = getattr(model, 'memory_format', torch.contiguous_format)
         model = model.to(device, memory_format=layout)
-        last_batch = (0 if extra else len(images) % args.batch_size) or args.batch_size
-        models.check_network(model, shape, num_classes, min(3, last_batch // world))
-
+        models.check_network(model, data.to_float(images[:2], layout), num_classes)
         if world > 1:
             if cuda:  # batch statistics of the whole batch
                 model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -429,10 +423,8 @@ def main(argv=None):
     saved_at = time.monotonic()
     for epoch in range(epoch, args.epochs):
         data.seed(args.seed, epoch)
-        num_own = num_steps * (args.batch_size - num_extra) if num_extra else len(images)
-        batches = data.draw(len(images), num_own, device).split(args.batch_size - num_extra)
-        if num_extra:
-            more = data.draw(len(extra[0]), num_steps * num_extra, device).split(num_extra)
+        batches = data.draw_batches(num_own, len(images), args, device)
+        num_steps, num_images = len(batches), sum(map(len, batches))
         first, epoch_began = step, time.monotonic()
         bar = tqdm(range(step, num_steps), f'epoch {epoch + 1}/{args.epochs}', num_steps,
                    initial=step, unit='batch', leave=False,
@@ -444,9 +436,6 @@ def main(argv=None):
             # processes does not change the result
             data.seed(args.seed, epoch, step)
             x, y = images[batches[step]], labels[batches[step]]
-            if num_extra:
-                x = torch.cat([x, extra[0][more[step]]])
-                y = torch.cat([y, extra[1][more[step]]])
             x, batch_size = data.to_float(data.augment(x, args.augment), layout), len(y)
             x_start = random_start(x, args.epsilon)
             x, x_start, y = (t.tensor_split(world)[rank] for t in (x, x_start, y))
