@@ -305,7 +305,6 @@ def main(argv=None):
         images, labels, num_own, held_out, num_classes = data.load_run(args)
         if rank == 0 and world > 1:
             dist.barrier()
-        checksum = data.checksum(images, labels, *held_out)
         images, labels, *held_out = (t.to(device) for t in (images, labels, *held_out))
 
         # network
@@ -323,8 +322,8 @@ def main(argv=None):
                 dist.broadcast(tensor, 0)
         ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
         weights = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum,
-                                    weight_decay=args.weight_decay, fused=cuda)
+        sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, fused=cuda, **sgd)
         models.accelerate(model, args.amp, args.compile, (args.batch_size // world, 512))
         if ema:
             models.accelerate(ema, args.amp)
@@ -333,28 +332,23 @@ def main(argv=None):
         epoch, step, log, unsaved, began = 0, 0, [], {}, time.monotonic()
         total = torch.zeros((), dtype=torch.float64, device=device)  # summed loss of this epoch
         about = dict(algorithm=ALGORITHM, dataset=args.dataset, arch=args.arch, args=vars(args),
-                     num_classes=num_classes, device=device.type, images=checksum, processes=world,
-                     torch=str(torch.__version__), command=[sys.argv[0], *argv])
+                     images=data.checksum(images, labels, *held_out), device=device.type,
+                     processes=world, torch=str(torch.__version__), command=[sys.argv[0], *argv])
         if saved:
             before, now = saved['args'] | saved, vars(args) | about
             changed = {k: f'{k} {before[k]} -> {now[k]}' for k in before.keys() & now.keys()
                        - {'args', 'command', 'resume', 'model_dir'} if before[k] != now[k]}
-            if 'images' in changed and not changed.keys() & {
-                    'dataset', 'extra_data', 'train_size', 'test_size', 'val_size'}:
-                raise ValueError('the images have changed since this run began')
-            models.load_weights(model, saved['state_dict'], args.arch)
-            if ema:
-                models.load_weights(ema, saved['ema_state_dict'] or saved['state_dict'], args.arch)
             if changed.keys() & {'batch_size', 'images'}:  # the steps done were other batches
                 saved |= dict(step=0, total=0)
+            model.load_state_dict(saved['state_dict'])
+            if ema:
+                ema.load_state_dict(saved['ema_state_dict'] or saved['state_dict'])
             optimizer.load_state_dict(saved['optimizer'])
-            optimizer.param_groups[0].update(momentum=args.momentum,
-                                             weight_decay=args.weight_decay)
+            optimizer.param_groups[0].update(sgd)
             epoch, step, log = saved['epoch'], saved['step'], saved['log']
             total.fill_(saved['total'])
             began -= saved['seconds']
-            state = 'continues' if epoch < args.epochs else 'is finished (raise --epochs for more)'
-            say('; '.join([f'{args.resume} {state}: {epoch} epochs and {step} steps are done',
+            say('; '.join([f'{args.resume}: {epoch} epochs and {step} steps are done',
                            *changed.values()]))
 
         if rank == 0:
@@ -364,7 +358,7 @@ def main(argv=None):
                 raise ValueError(f'{args.model_dir} contains a run: continue it with --resume, or '
                                  'choose another --model-dir')
     except (OSError, ValueError, RuntimeError) as error:
-        parser.error(' '.join(str(error).split()))
+        parser.error(' '.join(str(error).split())[:500])
 
     def save(*names):
         """Write config.json, log.csv and NAME.pt for each name; try again later if that fails."""
