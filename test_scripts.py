@@ -374,11 +374,11 @@ def test_a_run_killed_between_any_two_file_writes_continues_exactly(flags, monke
 
 @pytest.mark.parametrize('algorithm, number, step', [
     ('at', signal.SIGTERM, 6), ('trades', signal.SIGINT, 4), ('mart', signal.SIGHUP, 8)])
-def test_a_signal_saves_and_says_how_to_continue(algorithm, number, step, runs, capfd):
+def test_a_signal_saves_and_says_how_to_continue(algorithm, number, step, runs):
     """The last step of an epoch is saved before its evaluation."""
     with hooks(kill(number, step)):
         out, _ = train(algorithm, NET, '--entropy-weight', status=128 + number)
-    assert out.splitlines()[-1].endswith('--resume run') and 'at once' in capfd.readouterr().err
+    assert out.splitlines()[-1].endswith('--resume run')
     assert 4 * last_of()['epoch'] + last_of()['step'] == step
     train(algorithm, '--resume run --arch net.py:Net')
     assert same_run('run', runs[f'ew-{algorithm}'])
@@ -532,7 +532,7 @@ def test_two_processes_stop_when_one_is_asked_to_and_continue_exactly():
     flags = f'{SHARED} --arch net.py:Net --batch-size 4'
     assert run_pair('at', f'{flags} --model-dir whole') == [0, 0]
     assert run_pair('at', flags, kill(signal.SIGTERM, 14)) == [143, 143]
-    assert (last_of()['epoch'], last_of()['step']) == (1, 10)
+    assert (last_of()['epoch'], last_of()['step']) == (1, 2)
     assert run_pair('at', '--resume run --arch net.py:Net') == [0, 0]
     assert same_run('run', 'whole')
 

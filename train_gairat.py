@@ -413,15 +413,12 @@ def main(argv=None):
         except OSError as error:
             say(f'Warning: cannot save in {args.model_dir} ({error.strerror}); training continues')
 
-    # on Ctrl-C, kill or a cluster's time limit, the run saves and ends within ten steps
+    # on Ctrl-C, kill or a cluster's time limit, the run ends after the step, saved
     stop = torch.zeros((), dtype=torch.int)
 
     def ask_to_stop(number, _):
         stop.fill_(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # not SIGTERM: clusters send it twice
-        if rank == 0 and sys.stderr:
-            with contextlib.suppress(OSError):  # print() is not safe in a signal handler
-                os.write(2, b'saving, then stopping; Ctrl-C stops at once\n')
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -475,8 +472,7 @@ def main(argv=None):
 
             step += 1
             last = step == num_steps
-            look = world == 1 or step % 10 == 0 or last  # for signals to any of the processes
-            asked = look and int(all_reduce(stop, dist.ReduceOp.MAX))
+            asked = int(all_reduce(stop, dist.ReduceOp.MAX))  # by a signal to any of the processes
             due = time.monotonic() > saved_at + 60 * args.save_every_minutes
             if last or asked or due or step % -(-num_steps // 4) == 0:
                 loss = total.item() / min(step * args.batch_size, num_images)
