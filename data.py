@@ -15,9 +15,7 @@ Your own data must be an .npz file. To make one from folders of images, one fold
     np.savez('my_data.npz', **arrays)
 """
 import argparse
-import contextlib
 import re
-import sys
 import zlib
 
 import numpy as np
@@ -72,7 +70,15 @@ def class_names(dataset, data_dir='./data'):
 def load_split(dataset, data_dir, train):
     """Images, labels and the names of the classes. Missing files are downloaded."""
     if dataset.endswith('.npz'):
-        return load_own(dataset, train)
+        images, labels = load_npz(dataset, 'train_images', 'train_labels')
+        test_images, test_labels = load_npz(dataset, 'test_images', 'test_labels')
+        num_classes = len(labels.unique())
+        if images.shape[1:] != test_images.shape[1:]:
+            raise ValueError(f'{dataset}: training and test images differ in shape')
+        if max(labels.max(), test_labels.max()) >= num_classes:
+            raise ValueError(f'{dataset}: labels must be 0 to K - 1, each with a training image')
+        names = [*map(str, range(num_classes))]
+        return (images, labels, names) if train else (test_images, test_labels, names)
     if dataset == 'digits':  # 1,797 images of 8 x 8, upsampled; every fifth is a test image
         from sklearn.datasets import load_digits
         images, labels = load_digits(return_X_y=True)
@@ -83,8 +89,7 @@ def load_split(dataset, data_dir, train):
         return images, torch.tensor(labels)[chosen], [*'0123456789']
     protocol(dataset)  # refuses another name
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # old versions print that nothing is missing
-            split = getattr(datasets, dataset.upper())(data_dir, train=train, download=True)
+        split = getattr(datasets, dataset.upper())(data_dir, train=train, download=True)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(':')
         raise FileNotFoundError(f'{dataset} is missing or damaged in {data_dir} and could not be '
@@ -101,27 +106,15 @@ def load_npz(path, images, labels):
             x, y = file[images], file[labels]
     except Exception as error:  # NumPy may raise anything for a damaged file
         raise ValueError(f'{path} is not an .npz with {images} and {labels}: {error}') from None
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or y.shape != (len(x),):
-        raise ValueError(f'{path}: {images} must be uint8 (N, H, W, C) with 1 or 3 channels and '
-                         f'{labels} (N,), not {x.dtype} {x.shape} and {y.shape}')
-    if y.dtype.kind not in 'iu' or not len(y) or y.min() < 0:
-        raise ValueError(f'{path}: {labels} must be whole numbers from 0')
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
+        raise ValueError(f'{path}: {images} must be uint8 (N, H, W, C) with 1 or 3 channels, not '
+                         f'{x.dtype} {x.shape}')
+    if y.dtype.kind not in 'iu' or y.shape != (len(x),) or not len(y) or y.min() < 0:
+        raise ValueError(f'{path}: {labels} must be whole numbers from 0, as many as {images}, '
+                         f'not {y.dtype} {y.shape}')
     if x.max() <= 1:
         raise ValueError(f'{path}: {images} must lie in 0 to 255, but no pixel is above 1')
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y).long()
-
-
-def load_own(path, train):
-    """Images, labels and class names of a split of your own .npz; both splits are checked."""
-    images, labels = load_npz(path, 'train_images', 'train_labels')
-    test_images, test_labels = load_npz(path, 'test_images', 'test_labels')
-    num_classes = len(labels.unique())
-    if num_classes < 2 or max(labels.max(), test_labels.max()) >= num_classes:
-        raise ValueError(f'{path}: labels must be 0 to K - 1, each with a training image, K >= 2')
-    if images.shape[1:] != test_images.shape[1:]:
-        raise ValueError(f'{path}: training and test images differ in shape')
-    names = [*map(str, range(num_classes))]
-    return (images, labels, names) if train else (test_images, test_labels, names)
 
 
 def pixels(text):
@@ -148,7 +141,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def run_name(args, parser, algorithm):
-    """DATASET-[ew-]ALGORITHM, the flags that change the result and are set, the seed."""
+    """runs/DATASET-[ew-]ALGORITHM, the flags that change the result and are set, the seed."""
     left_out = ('resume', 'model_dir', 'dataset', 'data_dir', 'entropy_weight', 'seed', 'no_cuda',
                 'save_every_minutes', 'save_freq')
     parts = [args.dataset, 'ew-' * args.entropy_weight + algorithm]
@@ -158,7 +151,7 @@ def run_name(args, parser, algorithm):
             parts.append(value if name == 'arch' else name.replace('_', '-') + text)
     parts = [re.sub(r'\.(npz|pth?|py)\b', '', part) for part in [*parts, f'seed{args.seed}']]
     parts = ['-'.join(part.split('/')[-2:])[-80:] for part in parts]  # of a path the last two names
-    return '-'.join(re.sub(r'[^\w.]+', '-', part).strip('-') for part in parts)
+    return 'runs/' + '-'.join(re.sub(r'[^\w.]+', '-', part).strip('-') for part in parts)
 
 
 def seed(*numbers):
@@ -179,9 +172,8 @@ def split_validation(images, labels, size):
 
 
 def load_run(args):
-    """Training images and labels, how many of them are the data set's (the extra ones follow),
-    (images, labels) held out, and the number of classes. The test images are held out or, with
-    --val-size, the last training images of each class."""
+    """Images and labels to train on, the data set's first; their number without extra ones;
+    (images, labels) held out, for tests or by --val-size; and the number of classes."""
     num_classes = len(class_names(args.dataset, args.data_dir))
     images, labels = load_data(args.dataset, args.data_dir, True, args.train_size)
     held_out = load_data(args.dataset, args.data_dir, False, args.test_size)
@@ -190,9 +182,9 @@ def load_run(args):
     num_own = len(images)
     if args.extra_data:
         more_images, more_labels = load_npz(args.extra_data, 'image', 'label')
+        if more_images.shape[1:] != images.shape[1:] or more_labels.max() >= num_classes:
+            raise ValueError(f'{args.extra_data} and {args.dataset} differ in shape or classes')
         images, labels = torch.cat([images, more_images]), torch.cat([labels, more_labels])
-    if labels.max() >= num_classes:
-        raise ValueError(f'{args.extra_data} has more classes than {args.dataset}')
     return images, labels, num_own, held_out, num_classes
 
 

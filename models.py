@@ -329,7 +329,8 @@ def own_network(arch, num_classes):
         make = getattr(module, name)
         takes_it = 'num_classes' in inspect.signature(make).parameters
         model = make(num_classes=num_classes) if takes_it else make()
-        model.state_dict, model.forward  # raises AttributeError unless it is a network
+        if not isinstance(model, nn.Module):
+            raise TypeError('it is not a torch.nn.Module')
     except Exception as error:  # the user's code may raise anything
         raise ValueError(f'--arch {arch}: {type(error).__name__}: {error}') from error
     return model
@@ -342,7 +343,10 @@ def check_network(model, x, num_classes):
             logits = getattr(copy.deepcopy(model), mode)()(x.requires_grad_())
             if logits.shape != (len(x), num_classes):
                 raise ValueError(f'it returns {tuple(logits.shape)}, not {(len(x), num_classes)}')
-            torch.autograd.grad(logits.sum(), x)  # an error if no gradient reaches the input
+            grad, = torch.autograd.grad(logits.sum(), x)
+            if not grad.isfinite().all():
+                raise ValueError('the gradient of its input is not finite')
+            load_weights(copy.deepcopy(model), model.state_dict(), 'it')  # as a resumed run does
         except Exception as error:  # the user's code may raise anything
             raise ValueError(f'the network cannot be trained on a batch {tuple(x.shape)}: '
                              f'{" ".join(str(error).split())} ({mode} mode)') from error
@@ -531,16 +535,17 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
     """
     content = load(path)
     try:
-        if {'algorithm', 'arch'} <= content.keys():  # a run of this project: it knows its network
-            own, normalize = str(content['arch']), None
+        own = content['arch'] if {'algorithm', 'arch', 'args'} <= content.keys() else ''
+        if own:  # a run of this project, which knows its network
+            normalize = None
             if ':' not in own:
                 arch = own
-            elif arch and arch.split(':')[-1] != own.split(':')[-1]:
+            elif not arch:
+                raise ValueError(f'names code to run; if you trust it: --arch {own}')
+            elif arch.split(':')[-1] != own.split(':')[-1]:
                 raise ValueError(f'was trained with --arch {own}')
         if arch and ':' in arch:
-            model = build_model(arch, num_classes or 10)
-        elif ':' in str(content.get('arch')):
-            raise ValueError(f"names code to run; if you trust it: --arch {content['arch']}")
+            model = build_model(arch, num_classes or content.get('num_classes', 10))
         else:
             found, classes, *options = infer_arch(find_state_dict(content)[0])
             if num_classes not in (None, classes):

@@ -545,7 +545,7 @@ MISTAKES = [('at', *case) for case in [
         (f'--epsilon {value}', '8/255') for value in ('8', '8/0', '0', 'nan')],
     ('--epsilon x', 'pixels'), ('--step-size -1', '-1'), ('--momentum -1', 'momentum'),
     ('--wd -1', 'weight'),
-    ('--ema 1', 'ema'), ('--compile fast', 'fast'), ('--lr-milestones -1', 'milestones'),
+    ('--ema 1', 'ema'), ('--awp-gamma -1', 'awp-gamma'), ('--lr-milestones -1', 'milestones'), ('--compile fast', 'fast'),
     ('--lr-milestones 5 3', 'increasing'), ('--lr-milestones 5 5', 'increasing'),
     ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
     ('--train-size 53', '52'), ('--test-size 21', '20'),
@@ -556,12 +556,14 @@ MISTAKES = [('at', *case) for case in [
     ('--arch none.py:Net', 'none.py'), ('--arch net.py:Nope', 'Nope'),
     ('--arch net.py:raises', 'division by zero'), ('--arch net.py:eleven', '11'),
     ('--arch net.py:colored', '(2, 1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
-    ('--arch net.py:tuple', 'train mode'), ('--arch net.py:detach', 'not'),
-    ('--arch net.py:change', 'in-place'), ('--arch net.py:empty', '(2, 64)'),
+    ('--arch net.py:tuple', 'train mode'), ('--arch net.py:detach', 'gradient'),
+    ('--arch net.py:change', 'in-place'), ('--arch net.py:empty', 'weights'),
+    ('--arch net.py:norm --batch-size 17', '(1, 1, 8, 8)'),  # the last of 52
     ('--arch net.py:norm --train-size 1', '(1, 1, 8, 8)'), *[
         (f'{flag} {value}', '') for value in ('0', '-1', 'nan', 'many') for flag in (
             '--lr', '--entropy-weight --tau', '--batch-size', '--epochs', '--num-steps',
-            '--extra-data extra.npz --extra-fraction')]]]
+            '--extra-data extra.npz --extra-fraction')]]] + [
+    ('gairat', '--begin-epoch 111', '--begin-epoch')]
 
 
 @pytest.mark.parametrize('algorithm, flags, told', MISTAKES)
@@ -582,7 +584,7 @@ LABELS = np.arange(52) % 5
     ({'test_labels': LABELS}, '(52'), ({'test_labels': LABELS[:20] + 1}, '0 to K - 1'),
     ({'train_labels': LABELS * 0}, 'K'), ({'test_images': GRAY[:20, :7]}, 'differ in shape'),
     ({'test_images': np.array([None] * 20)}, 'test_images'),
-    ({'image': GRAY[:30, :7]}, 'Sizes'), ({'label': LABELS[:30] + 1}, 'extra.npz'),
+    ({'image': GRAY[:30, :7]}, 'extra.npz'), ({'label': LABELS[:30] + 1}, 'extra.npz'),
     ({'image': GRAY[:0], 'label': LABELS[:0]}, 'extra.npz')])
 def test_invalid_images_are_refused(changed, told):
     own_images(**changed)

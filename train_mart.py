@@ -149,7 +149,7 @@ import models
 
 
 def parse_args(argv):
-    """Return the parser, the flags, and the content of last.pt if --resume is given, else {}."""
+    """The content of last.pt, or {} without --resume; and the flags. Raises OSError, ValueError."""
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n\n')[0], usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=data.HelpFormatter, epilog='Add --dataset NAME to see its defaults.')
@@ -191,27 +191,27 @@ def parse_args(argv):
     add('--no-cuda', action='store_true', help='train on the CPU')
 
     known, _ = parser.parse_known_args([word for word in argv if word not in ('-h', '--help')])
-    try:
-        saved = {} if known.resume is None else models.load(f'{known.resume}/last.pt')
-        if known.resume and not (saved.get('algorithm') == ALGORITHM and 'optimizer' in saved):
-            raise ValueError(f'{known.resume} holds no run of train_{ALGORITHM}.py to continue')
-        past = {k: v for k, v in saved.get('args', {}).items() if hasattr(known, k)}
-        dataset, epochs = past.get('dataset', known.dataset), past.get('epochs')
-        if past and past['lr_milestones'] == data.protocol(dataset, epochs)['lr_milestones']:
-            del past['lr_milestones']  # they follow the number of epochs
-        parser.set_defaults(**data.protocol(dataset, known.epochs or epochs) | past)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    saved = {} if known.resume is None else models.load(f'{known.resume}/last.pt')
+    if known.resume and not (saved.get('algorithm') == ALGORITHM and 'optimizer' in saved):
+        raise ValueError(f'{known.resume} holds no run of train_{ALGORITHM}.py to continue')
+    past = {k: v for k, v in saved.get('args', {}).items() if k != 'no_cuda'}
+    dataset, epochs = past.get('dataset', known.dataset), past.get('epochs')
+    if past and past['lr_milestones'] == data.protocol(dataset, epochs)['lr_milestones']:
+        del past['lr_milestones']  # they follow the number of epochs
+    parser.set_defaults(**data.protocol(dataset, known.epochs or epochs) | past)
     args = parser.parse_args(argv)
 
     sizes = args.epochs, args.num_steps, args.batch_size, args.lr, args.tau
     for holds, message in (  # known holds the flags of this command alone
             (all(size > 0 for size in sizes),
              '--epochs, --num-steps, --batch-size, --lr and --tau must be above 0'),
-            (args.seed >= 0, '--seed must not be negative'),
+            (min(args.seed, args.awp_gamma) >= 0, '--seed and --awp-gamma must not be negative'),
+            (not args.awp_gamma or args.awp_warmup < args.epochs,
+             '--awp-gamma needs an --awp-warmup below --epochs'),
+            ((vars(args).get('begin_epoch') or 1) <= args.epochs,
+             '--begin-epoch must not exceed --epochs'),
             (args.ema is None or 0 < args.ema < 1, '--ema must lie between 0 and 1'),
-            (not args.extra_data or 0 < args.extra_fraction < 1,
-             '--extra-fraction must lie between 0 and 1'),
+            (0 < args.extra_fraction < 1, '--extra-fraction must lie between 0 and 1'),
             (args.entropy_weight or args.tau == 1, '--tau needs --entropy-weight'),
             (args.lr_milestones == sorted({n for n in args.lr_milestones if n > 0}),
              '--lr-milestones must be positive and increasing'),
@@ -222,10 +222,9 @@ def parse_args(argv):
             (not saved or ':' not in args.arch or known.arch,
              'give --arch again: code is run only if the command names it')):
         if not holds:
-            parser.error(message)
-    name = data.run_name(args, parser, ALGORITHM)
-    args.model_dir = args.resume or args.model_dir or f'runs/{name}'
-    return parser, args, saved
+            raise ValueError(message)
+    args.model_dir = args.resume or args.model_dir or data.run_name(args, parser, ALGORITHM)
+    return saved, args
 
 
 def learning_rate(args, epochs_done):
@@ -275,7 +274,7 @@ def test(model, images, labels, args, layout, rank, world):
             grad, = torch.autograd.grad(F.cross_entropy(model(x_adv), y, reduction='sum'), x_adv)
             x_adv = (x_adv.detach() + args.epsilon / 4 * grad.sign()).clamp(low, high)
         with torch.no_grad():
-            logits, logits_adv = model(x), model(x_adv)
+            logits, logits_adv = check_logits(model(x)), check_logits(model(x_adv))
         z = torch.stack([logits_adv, logits_adv / args.tau])
         log_p = F.log_softmax(z, dim=2).clamp(min=-1e4)
         h, h_tau = -(log_p.exp() * log_p).sum(2).double()
@@ -287,14 +286,8 @@ def test(model, images, labels, args, layout, rank, world):
                 sd_of_w=math.sqrt(max(square - mean ** 2, 0)) / max(mean, 1e-12))
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser, args, saved = parse_args(argv)
-
-    # processes: one, or those that torchrun started
-    cuda = torch.cuda.is_available() and not args.no_cuda
+def main(argv):
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
 
     def say(text):
         if rank == 0:
@@ -302,6 +295,11 @@ def main(argv=None):
                 print(text, flush=True)
 
     try:
+        saved, args = parse_args(argv)
+
+        # processes: one, or those that torchrun started
+        cuda = torch.cuda.is_available() and not args.no_cuda
+        device = torch.device(f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if cuda else 'cpu')
         if args.amp is None:
             args.amp = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         if cuda:
@@ -323,11 +321,13 @@ def main(argv=None):
         # network
         data.seed(args.seed)
         model = models.build_model(args.arch, num_classes, images.shape[1])
-        if args.init_from and not args.resume:
+        if args.init_from and not saved:
             models.start_from(model, args.init_from)
         layout = getattr(model, 'memory_format', torch.contiguous_format)
         model = model.to(device, memory_format=layout)
-        models.check_network(model, data.to_float(images[:2], layout), num_classes)
+        last_batch = (len(images) == num_own and num_own % args.batch_size) or args.batch_size
+        trial = images[:min(3, max(1, last_batch // world))]  # no more than the smallest batch
+        models.check_network(model, data.to_float(trial, layout), num_classes)
         if world > 1:
             if cuda:  # batch statistics of the whole batch
                 model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -345,8 +345,9 @@ def main(argv=None):
         epoch, step, log, unsaved, began = 0, 0, [], {}, time.monotonic()
         total = torch.zeros((), dtype=torch.float64, device=device)  # summed loss of this epoch
         about = dict(algorithm=ALGORITHM, dataset=args.dataset, arch=args.arch, args=vars(args),
-                     images=data.checksum(images, labels, *held_out), device=device.type,
-                     processes=world, torch=str(torch.__version__), command=[sys.argv[0], *argv])
+                     num_classes=num_classes, device=device.type, processes=world,
+                     images=data.checksum(images, labels, *held_out),
+                     torch=str(torch.__version__), command=[sys.argv[0], *argv])
         if saved:
             before, now = saved['args'] | saved, vars(args) | about
             changed = {k: f'{k} {before[k]} -> {now[k]}' for k in before.keys() & now.keys()
@@ -367,11 +368,11 @@ def main(argv=None):
         if rank == 0:
             os.makedirs(args.model_dir, exist_ok=True)
             lock = models.lock(args.model_dir)  # until this process ends
-            if not args.resume and os.path.exists(f'{args.model_dir}/last.pt'):
-                raise ValueError(f'{args.model_dir} contains a run: continue it with --resume, or '
-                                 'choose another --model-dir')
+            if not saved and any(name.endswith('.pt') for name in os.listdir(args.model_dir)):
+                raise ValueError(f'{args.model_dir} contains a run: give --resume or --model-dir')
     except (OSError, ValueError, RuntimeError) as error:
-        parser.error(' '.join(str(error).split())[:500])
+        one_line = ' '.join(str(error).split())[:500]
+        argparse.ArgumentParser(usage=argparse.SUPPRESS).error(one_line)
 
     def save(*names):
         """Write config.json, log.csv and NAME.pt for each name; try again later if that fails."""
@@ -390,7 +391,7 @@ def main(argv=None):
                 writer = csv.DictWriter(f, log[-1] if log else [], extrasaction='ignore')
                 writer.writeheader()
                 writer.writerows(log)
-            for name in sorted(unsaved, key='last'.__eq__):  # best.pt before last.pt
+            for name in sorted(unsaved, key=lambda name: name == 'last'):  # last.pt comes last
                 with models.atomic_write(f'{args.model_dir}/{name}.pt', 'wb') as f:
                     f.write(unsaved[name].getbuffer())
                 del unsaved[name]
@@ -408,21 +409,19 @@ def main(argv=None):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, ask_to_stop)
 
-    say(f'{ALGORITHM}{" with entropy weights" * args.entropy_weight}: {args.arch}, '
-        f'{len(images):,} images of {args.dataset}, {args.epochs} epoch{"s" * (args.epochs > 1)}, '
-        f'{world} process{"es" * (world > 1)} on {device.type}; saved in {args.model_dir}')
+    say(f'{args.arch}, {len(images):,} images, {world} process{"es" * (world > 1)} on '
+        f'{device.type}; saved in {args.model_dir}')
     saved_at = time.monotonic()
     for epoch in range(epoch, args.epochs):
         data.seed(args.seed, epoch)
         batches = data.draw_batches(num_own, len(images), args, device)
         num_steps, num_images = len(batches), sum(map(len, batches))
-        first, epoch_began = step, time.monotonic()
+        num_done, epoch_began = 0, time.monotonic()
         bar = tqdm(range(step, num_steps), f'epoch {epoch + 1}/{args.epochs}', num_steps,
                    initial=step, unit='batch', leave=False,
                    disable=None if rank == 0 and sys.stderr else True)
         for step in bar:
-            for group in optimizer.param_groups:
-                group['lr'] = learning_rate(args, epoch + (step + 0.5) / num_steps)
+            optimizer.param_groups[0]['lr'] = learning_rate(args, epoch + (step + 0.5) / num_steps)
             # Each process draws for the whole batch and takes its share, so that the number of
             # processes does not change the result
             data.seed(args.seed, epoch, step)
@@ -439,14 +438,13 @@ def main(argv=None):
             loss_args = dict(model=model, x_natural=x, y=y, optimizer=optimizer, adv=adv,
                              perturb_steps=args.num_steps, entropy_weight=args.entropy_weight,
                              tau=args.tau, reduction='sum', **loss_options(args, epoch))
-            perturbing = args.awp_gamma > 0 and epoch >= args.awp_warmup
-            if perturbing:
+            unperturbed = []
+            if args.awp_gamma and epoch >= args.awp_warmup:
                 with models.frozen_statistics(model):
                     backward(model, loss_function(**loss_args), batch_size)
                 unperturbed = models.perturb_weights(model, args.awp_gamma)
             total += backward(model, loss_function(**loss_args), batch_size)
-            if perturbing:
-                models.restore_weights(unperturbed)
+            models.restore_weights(unperturbed)
             optimizer.step()
             if world > 1 and not cuda:  # one set of batch statistics, as a resumed run has
                 for statistics in model.buffers():
@@ -454,48 +452,43 @@ def main(argv=None):
             if ema:  # the weights before the first step do not count
                 models.average(ema, model, args.ema if epoch or step else 0)
 
-            step += 1
-            last = step == num_steps
+            step, num_done = step + 1, num_done + batch_size
             asked = int(all_reduce(stop, dist.ReduceOp.MAX))  # by a signal to any of the processes
             due = time.monotonic() > saved_at + 60 * args.save_every_minutes
-            if last or asked or due or step % -(-num_steps // 4) == 0:
+            saving = asked or due or step == num_steps  # also before the evaluation of an epoch
+            if saving or step % -(-num_steps // 4) == 0:
                 loss = total.item() / min(step * args.batch_size, num_images)
                 if not (math.isfinite(loss) and all(p.isfinite().all() for p in weights)):
                     sys.exit(f'the loss or a weight is not finite by step {step} of epoch '
-                             f'{epoch + 1}; last.pt is unchanged. Try a lower --lr')
+                             f'{epoch + 1}: try a lower --lr')
                 bar.set_postfix(loss=f'{loss:.3f}')
-                if bar.disable and not last:
+                if bar.disable:
                     say(f'epoch {epoch + 1}, step {step}/{num_steps}: loss {loss:.3f}')
-            if last or asked or due:
-                save('last')  # also before the evaluation of an epoch
+            if saving:
+                save('last')
                 saved_at = time.monotonic()
             if asked:
                 all_reduce(torch.zeros(1))  # until the first process has saved
                 say(f'stopped; continue with --resume {args.model_dir}')
                 sys.exit(128 + asked)
 
-        num_done = num_images - min(first * args.batch_size, num_images)
         images_per_s = num_done / (time.monotonic() - epoch_began)
         require_grad(weights, False)
-        row = {'epoch': epoch + 1, 'lr': learning_rate(args, epoch + (step - 0.5) / num_steps),
+        row = {'epoch': epoch + 1, 'lr': optimizer.param_groups[0]['lr'],
                'loss': total.item() / num_images,
                **test(model, *held_out, args, layout, rank, world)}
         if ema:
             result = test(ema, *held_out, args, layout, rank, world)
             row |= {f'ema_{name}': value for name, value in result.items()}
         require_grad(weights, True)
-        log.append(row | {'images_per_s': images_per_s, 'seconds': time.monotonic() - began})
+        row |= {'images_per_s': images_per_s, 'seconds': time.monotonic() - began}
+        log.append(row)
         epoch, step = epoch + 1, 0
         total.zero_()
-        which = 'ema_' if ema else ''
-        best = max(log, key=lambda row: row.get(f'{which}pgd10', row['pgd10']))
+        best = max(log, key=lambda row: row.get('ema_pgd10', row['pgd10']))
         keep = args.save_freq and epoch % args.save_freq == 0
         save(*['best'] * (best is log[-1]), *[f'epoch-{epoch}'] * keep, 'last')
-        saved_at = time.monotonic()
-        minutes = (saved_at - began) / 60 / epoch * (args.epochs - epoch)
-        say(f'epoch {epoch}/{args.epochs}  loss {row["loss"]:.3f}  {which}clean '
-            f'{row[which + "clean"]:.1%}  {which}pgd10 {row[which + "pgd10"]:.1%}  entropy '
-            f'{row["entropy"]:.2f}  {images_per_s:,.0f} images/s  {minutes:.0f} min left')
+        say('  '.join(f'{name} {value:.4g}' for name, value in row.items()))
 
     if unsaved:
         sys.exit(f'{", ".join(unsaved)} could not be saved in {args.model_dir}')
@@ -503,4 +496,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])
