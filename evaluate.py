@@ -10,7 +10,7 @@ beside each model in <model>.eval, so that the same command continues an interru
 
     fgsm         one step of epsilon from the image
     pgd10, pgd20, pgd100   steps of epsilon/4, epsilon/10 and epsilon/4 from a random start
-    ls           pgd20 with the logits multiplied by --ls-scale in the loss (logit scaling, Eq. 9)
+    ls           pgd20 with the logits multiplied by 10 in the loss (logit scaling, Eq. 9)
     autoattack   the standard version: apgd-ce, apgd-t, fab-t and square, each on the examples that
                  withstand those before it; each of the four is available on its own as well
 
@@ -45,8 +45,10 @@ import data
 import models
 
 VERSION = 1  # of the attacks: raise it if their results change, so that old ones are not reused
-STEPS = {'fgsm': (1, 1), 'pgd10': (1 / 4, 10), 'pgd20': (1 / 10, 20), 'pgd100': (1 / 4, 100),
-         'ls': (1 / 10, 20)}  # step size divided by epsilon, number of steps
+# Step size divided by epsilon, number of steps, factor of the logits, random start
+PGD = {'fgsm': (1, 1, 1.0, False), 'pgd10': (1 / 4, 10, 1.0, True),
+       'pgd20': (1 / 10, 20, 1.0, True), 'pgd100': (1 / 4, 100, 1.0, True),
+       'ls': (1 / 10, 20, 10.0, True)}
 AUTOATTACK = {'apgd-ce': 'apgd', 'apgd-t': 'apgd_targeted', 'fab-t': 'fab', 'square': 'square'}
 STANDARD = {'aa: apgd-ce': 'apgd-ce', 'aa: + apgd-t': 'apgd-t', 'aa: + fab-t': 'fab-t',
             'autoattack': 'square'}  # the columns of AutoAttack's standard version
@@ -99,17 +101,15 @@ def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, rand
 
 
 @torch.no_grad()
-def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_scale=10.0,
-               kappa=None):
+def run_attack(attack, model, x, y, epsilon, seed=1, first=0, kappa=None):
     """x_adv for images x (B, C, H, W) in [0, 1] and labels y (B,).
 
-    attack: clean, or a name in STEPS or AUTOATTACK. first: the position of the first example, which
-    together with seed decides the random start; torch is reseeded. Restarts attack only
-    examples that no start has broken. kappa: see pgd_attack; first start only. Raises
+    attack: clean, or a name in PGD or AUTOATTACK. first: the position of the first example, which
+    together with seed decides the random start; torch is reseeded. kappa: see pgd_attack. Raises
     RuntimeError if x_adv is not within epsilon of x and in [0, 1].
     """
     check_input(x, epsilon)
-    x_adv, standing = x, torch.arange(len(x), device=x.device)
+    x_adv = x
     if attack in AUTOATTACK:  # the package's own loop over its attacks cannot continue after a kill
         adversary = pyautoattack.AutoAttack(model, eps=epsilon, seed=seed, device=x.device)
         part, num_classes = getattr(adversary, AUTOATTACK[attack]), model(x[:1]).shape[1]
@@ -118,16 +118,9 @@ def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_sca
             raise ValueError(f'the loss of apgd-t needs at least 4 classes, not {num_classes}')
         x_adv = part.perturb(x.contiguous(), y)
     elif attack != 'clean':
-        step_size, num_steps = STEPS[attack]
-        for restart in range(1 if attack == 'fgsm' else restarts):
-            if restart:
-                standing = standing[predict(model, x_adv[standing]).argmax(1) == y[standing]]
-                if not len(standing):
-                    break
-            data.seed(seed, first, restart)
-            x_adv = x_adv.index_copy(0, standing, pgd_attack(
-                model, x[standing], y[standing], epsilon, step_size * epsilon, num_steps,
-                ls_scale if attack == 'ls' else 1.0, attack != 'fgsm', None if restart else kappa))
+        data.seed(seed, first, 0)
+        share, *options = PGD[attack]
+        x_adv = pgd_attack(model, x, y, epsilon, share * epsilon, *options, kappa)
     outside = (x_adv - x).abs().max() - epsilon, -x_adv.min(), x_adv.max() - 1
     if not all(distance <= 1e-6 for distance in outside):  # rounding; NaN is outside as well
         raise RuntimeError(f'{attack} left the ball of radius {epsilon:g} or [0, 1]')
@@ -197,14 +190,13 @@ def gather(value):
 
 
 def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch_size=250, seed=1,
-                    measures=None, save=None, desc=None, **options):
+                    measures=None, save=None, desc=None):
     """Attack images and measure the predictions on the results: {name: NumPy array (N,)}.
 
     correct (bool); entropy, margin: see above; p_wrong: 1 - p_y; kappa: see pgd_attack. images:
     uint8 (N, C, H, W); labels: (N,); examples: (N,) bool, the ones to attack (default: all); the
-    others count as wrong, and their other measures are NaN. options: restarts, ls_scale. measures:
-    float32 (5, N) of an earlier call, to be completed; save: called after each batch, by the first
-    process. The processes of torch.distributed share the batches. The model is evaluated in eval
+    others count as wrong, and their other measures are NaN. measures: float32 (5, N) of an earlier
+    call, to be completed; save: called after each batch, by the first process. The processes of torch.distributed share the batches. The model is evaluated in eval
     mode; its modes and torch's random state are left as they were.
     """
     if measures is None:
@@ -221,9 +213,8 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
             if i + rank < len(todo):
                 first, batch = todo[i + rank]
                 x, y = to_input(model, images[batch]), labels[batch].to(device)
-                kappa = torch.full(y.shape, 0.0 if attack in STEPS else math.nan, device=device)
-                x_adv = run_attack(attack, model, x, y, epsilon, seed, first, kappa=kappa,
-                                   **options)
+                kappa = torch.full(y.shape, 0.0 if attack in PGD else math.nan, device=device)
+                x_adv = run_attack(attack, model, x, y, epsilon, seed, first, kappa)
                 logits = predict(model, x_adv)
                 p_wrong = -torch.expm1(-F.cross_entropy(logits, y, reduction='none'))
                 mine = batch, torch.stack([(logits.argmax(1) == y).float(), entropy(logits),
@@ -237,10 +228,10 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
 
 
 def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 255, aa_epsilon=None,
-                   batch_size=250, seed=1, restarts=1, ls_scale=10.0, name=None, records=None):
+                   batch_size=250, seed=1, name=None, records=None):
     """{column of the table: result of evaluate_attack}, beginning with 'clean'.
 
-    attacks: 'autoattack' and the names in STEPS and AUTOATTACK; aa_epsilon: for AutoAttack
+    attacks: 'autoattack' and the names in PGD and AUTOATTACK; aa_epsilon: for AutoAttack
     (default: epsilon); name: for the progress on stderr; records: a Records.
     """
     columns, outcomes = {'clean': 'clean'}, {}
@@ -252,14 +243,12 @@ def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 2
         if attack in AUTOATTACK:  # attacks only what is still classified correctly
             before = [k for k in STANDARD if k in outcomes and title in STANDARD] or ['clean']
             radius, examples = aa_epsilon or epsilon, outcomes[before[-1]]['correct']
-        options = dict(restarts=restarts) if attack in STEPS else {}
-        options |= dict(ls_scale=ls_scale) if attack == 'ls' else {}
         if records:
-            measures = records.find(examples, attack=attack, steps=STEPS.get(attack), seed=seed,
-                                    epsilon=radius, batch_size=batch_size, **options)
+            measures = records.find(examples, attack=attack, pgd=PGD.get(attack), seed=seed,
+                                    epsilon=radius, batch_size=batch_size)
         outcomes[title] = evaluate_attack(
             model, images, labels, attack, radius, examples, batch_size, seed, measures,
-            records and records.save, name and f'{name} {title}', **options)
+            records and records.save, name and f'{name} {title}')
         if name:
             print(f'{name}: {title} {outcomes[title]["correct"].mean():.2%} of {len(labels):,} '
                   f'({time.monotonic() - began:.0f} s)', file=sys.stderr)
@@ -339,7 +328,7 @@ def evaluate_row(args, row, rank):
     logging.getLogger('auto-attack').setLevel('ERROR')  # inspect_model reports zero gradients once
     row['outcomes'] = evaluate_model(
         row['network'], row['images'], row['labels'], args.attacks, args.epsilon, args.aa_epsilon,
-        args.batch_size, args.seed, args.restarts, args.ls_scale, None if rank else row['model'],
+        args.batch_size, args.seed, None if rank else row['model'],
         Records(row['path'], **args.versions,
                 **{k: row[k] for k in ('weights', 'fingerprint', 'data')}))
     correct = {title: outcome['correct'] for title, outcome in row['outcomes'].items()}
@@ -396,8 +385,7 @@ def print_tables(_, args, rows, groups):
                   f'{min(9, len(args.classes) - 1)} targets')
     captions = {
         'accuracy': f'Accuracy in % on {args.dataset}, {args.split} split, n = {rows[0]["n"]:,}; '
-        f'epsilon {radii}; seed {args.seed}, batch size {args.batch_size}, random starts '
-        f'{args.restarts}, LS scale {args.ls_scale:g}.',
+        f'epsilon {radii}; seed {args.seed}, batch size {args.batch_size}.',
         'report': 'Predictions on the PGD-20 examples: mean entropy in nats, standard deviation of '
         f'w with tau = 1, entropies above {t:g} and accuracies in %.'}
     heads = {'sd_of_w': 'sd of w', 'high_entropy': f'above {t:g}', 'accuracy_high_entropy':
@@ -555,13 +543,11 @@ def parse_args(argv=None):
     add('--data-dir', default='./data', help='folder of the data sets (default: %(default)s)')
     add('--split', choices=['test', 'train'], default='test', help='images (default: test)')
     add('--n-examples', type=int, metavar='N', help='only the first N images (default: all)')
-    add('--attacks', nargs='+', choices=['clean', *STEPS, 'autoattack', *AUTOATTACK], metavar='A',
-        default=list(STEPS), help=f'from the list above (default: {" ".join(STEPS)})')
+    add('--attacks', nargs='+', choices=['clean', *PGD, 'autoattack', *AUTOATTACK], metavar='A',
+        default=list(PGD), help=f'from the list above (default: {" ".join(PGD)})')
     add('--epsilon', type=data.pixels, help='L-infinity radius (default: ' + ', '.join(
         f"{name} {data.pixels_text(p['epsilon'])}" for name, p in data.PROTOCOLS.items()) + ')')
     add('--aa-epsilon', type=data.pixels, help='radius of AutoAttack (default: --epsilon)')
-    add('--restarts', type=int, default=1, help='random starts of PGD and LS (default: 1)')
-    add('--ls-scale', type=float, default=10.0, help='factor of the logits in LS (default: 10)')
     add('--batch-size', type=int, default=250, help='images per batch (default: 250)')
     add('--seed', type=int, default=1, help='seed of the attacks (default: 1)')
     add('--no-cuda', action='store_true', help='evaluate on the CPU')
@@ -582,10 +568,8 @@ def parse_args(argv=None):
                       .removesuffix('/best') for p in args.model_path]
     if not 0 < len(set(args.names)) == len(args.names) == len(args.model_path):
         parser.error(f'give {len(args.model_path)} different --names, one for each model')
-    if (min(args.restarts, args.batch_size) < 1 or args.seed < 0
-            or not 0 < args.ls_scale < math.inf):
-        parser.error('--restarts and --batch-size must be at least 1, --ls-scale above 0 and '
-                     '--seed at least 0')
+    if args.batch_size < 1 or args.seed < 0:
+        parser.error('--batch-size must be at least 1 and --seed at least 0')
     args.attacks += ['pgd20'] if args.figures and 'pgd20' not in args.attacks else []
     return parser, args
 

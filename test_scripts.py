@@ -1266,7 +1266,7 @@ def linear_network(change='logits', before='x', num_classes=5):
 
 # ---------------------------------------------------------------- attacks
 
-@pytest.mark.parametrize('attack', evaluate.STEPS)
+@pytest.mark.parametrize('attack', evaluate.PGD)
 def test_a_linear_model_has_its_exact_robust_accuracy(attack):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (60, 1, 4, 4), dtype=torch.uint8)
@@ -1298,8 +1298,8 @@ def test_steps_scale_with_epsilon(attack, share, steps):
     assert kappa.tolist() == [steps] * 4  # all iterates are correct
 
 
-@pytest.mark.parametrize('scale, options', [(1e-3, {}), (1e4, {'ls_scale': 1e-4})])
-def test_ls_finds_what_masked_gradients_hide_from_pgd(scale, options):
+@pytest.mark.parametrize('scale, factor', [(1e-3, 10), (1e4, 1e-3)])
+def test_logit_scaling_finds_what_masked_gradients_hide_from_pgd(scale, factor):
     """Raising the pixel by 0.09 gives class 1; eight far classes pull the other way.
 
     With tiny logits the softmax is flat and the eight outweigh class 1; with huge ones the gradient
@@ -1307,19 +1307,13 @@ def test_ls_finds_what_masked_gradients_hide_from_pgd(scale, options):
     """
     model = affine(torch.tensor([[0.0]] + [[1.0]] + [[-1.0]] * 8),
                    torch.tensor([0.0] + [-0.09 - 0.5] + [-1000.0] * 8), scale)
-    pgd = evaluate.evaluate_attack(model, *gray(100), 'pgd20', 0.1)['correct']
-    ls = evaluate.evaluate_attack(model, *gray(100), 'ls', 0.1, **options)['correct']
-    assert pgd.mean() > 0.85 and ls.mean() == 0
-
-
-def test_restarts_never_raise_accuracy():
-    """Without a gradient, each random start is misclassified with probability 1/4."""
-    model = affine(torch.tensor([[0.0], [1.0]]), torch.tensor([0.0, -0.05 - 127 / 255]), 1e6)
-    one, three = (evaluate.evaluate_attack(model, *gray(200), 'pgd20', 0.1, restarts=r)
-                  for r in (1, 3))
-    assert 0.65 < one['correct'].mean() < 0.85 and 0.3 < three['correct'].mean() < 0.55
-    assert not (three['correct'] & ~one['correct']).any()
-    assert (three['kappa'] == one['kappa']).all()  # of the first start
+    images, labels = gray(100)
+    x = data.to_float(images)
+    pgd, scaled = (model(evaluate.pgd_attack(model, x, labels, 0.1, 0.01, 20, f)).argmax(1) == labels
+                   for f in (1, factor))
+    assert pgd.float().mean() > 0.85 and not scaled.any()
+    ls = evaluate.evaluate_attack(model, images, labels, 'ls', 0.1)['correct']
+    assert ls.mean() == 0 or factor < 1
 
 
 def test_an_attack_that_leaves_the_ball_is_an_error(trained, monkeypatch):
@@ -1512,7 +1506,7 @@ def test_saved_results_are_reused_unless_a_setting_changes():
     assert seen[0] == seen[1] and again < 20 < 100 < first
     assert count('--entropy-threshold 1') == again
     for other in ('--seed 2', '--batch-size 6', '--epsilon 0.06', '--n-examples 10',
-                  '--split train', '--restarts 2', '--ls-scale 5', '--aa-epsilon 0.07'):
+                  '--split train', '--aa-epsilon 0.07'):
         assert count(other) > again + 10, other
         assert count(other) == again, other
     own_images(test_labels=np.append(np.arange(19) % 5, 0))
@@ -1663,7 +1657,7 @@ def test_with_fewer_classes_the_table_names_the_targets():
     ('--n-examples 361', '360'), ('--n-examples 0', '360'),
     ('--normalize 0.5', 'mean_and_std'), ('--normalize imagenet', 'mean_and_std'),
     *[(f'--normalize {wrong}', 'normalized by') for wrong in ('0.5/0', '0.5/nan', '1,2/1')],
-    ('--ls-scale nan', '--ls-scale'), ('--dataset imagenet', 'imagenet'),
+    ('--batch-size 0', '--batch-size'), ('--dataset imagenet', 'imagenet'),
     ('--figures text.pt/x', 'text.pt'),
     ('--model-path own.pt --arch net.py:linear --dataset digits', 'not take images (1, 28, 28)'),
     ('--model-path own.pt --arch net.py:Gone --dataset own.npz', 'Gone')])
