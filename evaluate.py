@@ -50,8 +50,9 @@ PGD = {'fgsm': (1, 1, 1.0, False), 'pgd10': (1 / 4, 10, 1.0, True),
        'pgd20': (1 / 10, 20, 1.0, True), 'pgd100': (1 / 4, 100, 1.0, True),
        'ls': (1 / 10, 20, 10.0, True)}
 AUTOATTACK = {'apgd-ce': 'apgd', 'apgd-t': 'apgd_targeted', 'fab-t': 'fab', 'square': 'square'}
-STANDARD = {'aa: apgd-ce': 'apgd-ce', 'aa: + apgd-t': 'apgd-t', 'aa: + fab-t': 'fab-t',
-            'autoattack': 'square'}  # the columns of AutoAttack's standard version
+# The columns of AutoAttack's standard version: each attacks what withstood the column named last
+STANDARD = {'aa: apgd-ce': ('apgd-ce', 'clean'), 'aa: + apgd-t': ('apgd-t', 'aa: apgd-ce'),
+            'aa: + fab-t': ('fab-t', 'aa: + apgd-t'), 'autoattack': ('square', 'aa: + fab-t')}
 MEASURES = 'correct', 'entropy', 'margin', 'p_wrong', 'kappa'
 LOW_CLEAN = {'mnist': 0.9, 'digits': 0.9, 'cifar10': 0.6, 'cifar100': 0.3}
 
@@ -190,17 +191,20 @@ def gather(value):
 
 
 def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch_size=250, seed=1,
-                    measures=None, save=None, desc=None):
+                    file=None, desc=None):
     """Attack images and measure the predictions on the results: {name: NumPy array (N,)}.
 
     correct (bool); entropy, margin: see above; p_wrong: 1 - p_y; kappa: see pgd_attack. images:
     uint8 (N, C, H, W); labels: (N,); examples: (N,) bool, the ones to attack (default: all); the
-    others count as wrong, and their other measures are NaN. measures: float32 (5, N) of an earlier
-    call, to be completed; save: called after each batch, by the first process. The processes of torch.distributed share the batches. The model is evaluated in eval
-    mode; its modes and torch's random state are left as they were.
+    others count as wrong, and their other measures are NaN. file: where the results of finished
+    batches are kept; batches found in it are not attacked again. The processes of
+    torch.distributed share the batches. The model is evaluated in eval mode; its modes and torch's
+    random state are left as they were.
     """
-    if measures is None:
-        measures = np.full((len(MEASURES), len(labels)), np.nan, np.float32)
+    measures = np.full((len(MEASURES), len(labels)), np.nan, np.float32)
+    if file and os.path.exists(file):
+        measures = np.load(file)
+    measures = gather(measures)[0]  # of the first process: another may look for another file
     index = np.arange(len(labels)) if examples is None else np.flatnonzero(examples)
     batches = [(i, index[i:i + batch_size]) for i in range(0, len(index), batch_size)]
     todo = [(first, batch) for first, batch in batches if np.isnan(measures[0, batch]).any()]
@@ -222,33 +226,40 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
             for batch, values in filter(None, gather(mine)):
                 measures[:, batch] = values
                 bar.update()
-            if save and rank == 0:
-                save()
+            if file and rank == 0:
+                try:
+                    os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
+                    with models.atomic_write(file, 'wb') as f:
+                        np.save(f, measures)
+                except OSError as error:
+                    print(f'Warning: cannot write {file}: {error.strerror}', file=sys.stderr)
+                    file = None  # one warning is enough
     return dict(zip(MEASURES, [measures[0] == 1, *measures[1:]]))
 
 
 def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 255, aa_epsilon=None,
-                   batch_size=250, seed=1, name=None, records=None):
+                   batch_size=250, seed=1, name=None, folder=None, identity=None):
     """{column of the table: result of evaluate_attack}, beginning with 'clean'.
 
-    attacks: 'autoattack' and the names in PGD and AUTOATTACK; aa_epsilon: for AutoAttack
-    (default: epsilon); name: for the progress on stderr; records: a Records.
+    attacks: 'autoattack' and the names in PGD and AUTOATTACK; aa_epsilon: for AutoAttack (default:
+    epsilon); name: for the progress on stderr; folder: where results are kept, to be reused by a
+    call with the same settings and identity, which stands for the model and the images.
     """
-    columns, outcomes = {'clean': 'clean'}, {}
+    columns, outcomes = {'clean': ('clean', None)}, {}
     for attack in attacks:
-        columns |= STANDARD if attack == 'autoattack' else {attack: attack}
-    for title, attack in columns.items():
-        began, measures = time.monotonic(), None
-        radius, examples = epsilon, np.ones(len(labels), bool)
-        if attack in AUTOATTACK:  # attacks only what is still classified correctly
-            before = [k for k in STANDARD if k in outcomes and title in STANDARD] or ['clean']
-            radius, examples = aa_epsilon or epsilon, outcomes[before[-1]]['correct']
-        if records:
-            measures = records.find(examples, attack=attack, pgd=PGD.get(attack), seed=seed,
-                                    epsilon=radius, batch_size=batch_size)
-        outcomes[title] = evaluate_attack(
-            model, images, labels, attack, radius, examples, batch_size, seed, measures,
-            records and records.save, name and f'{name} {title}')
+        before = 'clean' if attack in AUTOATTACK else None
+        columns |= STANDARD if attack == 'autoattack' else {attack: (attack, before)}
+    for title, (attack, before) in columns.items():
+        began, radius, examples, file = time.monotonic(), epsilon, np.ones(len(labels), bool), None
+        if before:
+            radius, examples = aa_epsilon or epsilon, outcomes[before]['correct']
+        if folder:
+            chosen = hashlib.sha256(examples).hexdigest()
+            settings = json.dumps([PGD.get(attack), radius, batch_size, seed, chosen, identity])
+            key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+            file = f'{folder}/{attack}-{key}.npy'
+        outcomes[title] = evaluate_attack(model, images, labels, attack, radius, examples,
+                                          batch_size, seed, file, name and f'{name} {title}')
         if name:
             print(f'{name}: {title} {outcomes[title]["correct"].mean():.2%} of {len(labels):,} '
                   f'({time.monotonic() - began:.0f} s)', file=sys.stderr)
@@ -289,38 +300,6 @@ def inspect_model(model, x, y, num_classes):
     return (logits.argmax(1) == y).float().mean().item(), texts, fingerprint
 
 
-class Records:
-    """Measures of a model's finished batches, float32 (5, N): a file in <model>.eval per attack."""
-
-    def __init__(self, path, **identity):
-        self.directory, self.identity, self.failed = f'{path}.eval', identity, False
-
-    def find(self, examples, **settings):
-        """The measures of an attack on these examples, (N,) bool; NaN where there are none yet."""
-        settings |= self.identity | dict(examples=hashlib.sha256(examples).hexdigest())
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        path = f'{self.directory}/{settings["attack"]}-{key[:16]}.npz'
-        measures = np.full((len(MEASURES), len(examples)), np.nan, np.float32)
-        try:
-            if os.path.exists(path):
-                measures = np.load(path)['measures']
-        except Exception as error:  # NumPy raises many kinds for a damaged file
-            print(f'Warning: {path} is damaged and ignored: {error}', file=sys.stderr)
-        # those of the first process, because fingerprints may differ slightly
-        self.path, self.measures = gather((path, measures))[0]
-        return self.measures
-
-    def save(self):
-        try:
-            os.makedirs(self.directory, exist_ok=True)
-            with models.atomic_write(self.path, 'wb') as f:
-                np.savez(f, measures=self.measures)
-        except OSError as error:
-            if not self.failed:
-                print(f'Warning: cannot write {self.path}: {error.strerror}', file=sys.stderr)
-            self.failed = True
-
-
 def evaluate_row(args, row, rank):
     """Complete a model's row: the outcomes of evaluate_model and the numbers that follow."""
     for text in [] if rank else row['warnings']:
@@ -328,9 +307,8 @@ def evaluate_row(args, row, rank):
     logging.getLogger('auto-attack').setLevel('ERROR')  # inspect_model reports zero gradients once
     row['outcomes'] = evaluate_model(
         row['network'], row['images'], row['labels'], args.attacks, args.epsilon, args.aa_epsilon,
-        args.batch_size, args.seed, None if rank else row['model'],
-        Records(row['path'], **args.versions,
-                **{k: row[k] for k in ('weights', 'fingerprint', 'data')}))
+        args.batch_size, args.seed, None if rank else row['model'], f'{row["path"]}.eval',
+        row['identity'])
     correct = {title: outcome['correct'] for title, outcome in row['outcomes'].items()}
     complete = [v for title, v in correct.items() if not title.startswith('aa: ')]
     if len(complete) > 2:  # clean and at least two attacks
@@ -614,8 +592,8 @@ def prepare(args, device):
                          '--arch preactresnet18-raw')
         rows.append(dict(
             model=name, path=path, about=saved, network=model, images=images, labels=labels,
-            n=len(labels), weights=weights, fingerprint=fingerprint, data=checksum,
-            warnings=texts))
+            n=len(labels), weights=weights, warnings=texts,
+            identity=[args.versions, weights, fingerprint, checksum]))
     return rows
 
 
