@@ -1358,8 +1358,6 @@ def test_apgd_t_targets_every_other_class():
     model = affine(weight, bias)
     x_adv = evaluate.run_attack('apgd-t', model, x, y, 0.1)
     assert (model(x).argmax(1) == 0).all() and (model(x_adv).argmax(1) == 4).all()
-    few = affine(weight[:3], bias[:3])
-    refuses('at least 4 classes', evaluate.run_attack, 'apgd-t', few, x, y, 0.1)
 
 
 # ---------------------------------------------------------------- metrics
@@ -1567,15 +1565,6 @@ def test_figures_are_written_as_png_and_pdf(run, trained):
     assert all(Path('f', name).stat().st_size > 8000 for name in os.listdir('f'))
 
 
-def test_a_network_without_a_linear_layer_has_an_empty_tsne_panel():
-    Path('conv.py').write_text('from torch.nn import Conv2d, Flatten, Sequential\n'
-                               'net = lambda num_classes: Sequential(Conv2d(1, num_classes, 8), '
-                               'Flatten())\n')
-    torch.save(models.build_model('conv.py:net', 5).state_dict(), 'own.pt')
-    command('--model-path own.pt --arch conv.py:net --dataset own.npz --attacks pgd20 --figures f')
-    assert Path('f/tsne.png').exists()
-
-
 def test_nine_models_of_other_projects_look_different_and_seeds_alone_have_a_label():
     rows = [dict(model=name, about={}) for name in 'abcdefghi']
     groups = evaluate.group_seeds(rows)
@@ -1595,13 +1584,6 @@ def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run)
     assert table(out) and json.loads(Path('a.json').read_text()) and 'a.json' not in err
     assert err.count(f'cannot write {run}/best.pt.eval/') == 3  # clean, pgd20, ls
     assert re.search('^Cannot write f/.* File too large\n', err, re.M)
-
-
-def test_closed_streams_do_not_stop_an_evaluation(run, monkeypatch):
-    for stream in ('stdout', 'stderr'):
-        monkeypatch.setattr(sys, stream, None)  # as with >&- and 2>&-
-    evaluate.main(f'--json a.json {FAST} {run}'.split())
-    assert json.loads(Path('a.json').read_text())['models']
 
 
 @pytest.mark.parametrize('change, before, told', [
