@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import Mock
@@ -870,84 +871,34 @@ def test_networks_have_the_published_size_and_are_inferred_from_their_weights(ar
     assert models.infer_arch(model.state_dict())[0] == arch
 
 
-NAMES = {  # first convolution, those of a block and its norms, shortcut, last norm, head
-    'resnet': 'conv1 conv1 conv2 bn1 bn2 shortcut.0 bn1 linear',
-    'preactresnet': 'conv1 conv1 conv2 bn1 bn2 shortcut.0 bn linear',
-    'wideresnet': 'conv1 conv1 conv2 bn1 bn2 convShortcut bn1 fc',
-    'wideresnet-swish': 'init_conv conv_0 conv_1 batchnorm_0 batchnorm_1 shortcut batchnorm logits',
-    'preactresnet-swish':
-        'conv_2d conv_2d_1 conv_2d_2 batchnorm_0 batchnorm_1 shortcut batchnorm logits'}
-
-
-def published_logits(arch, state, x, statistics):
-    """RobustBench's forward pass (DeepMind's for swish), and the names of the weights it uses."""
-    first, c1, c2, n1, n2, shortcut, last, head = NAMES[re.sub(r'\d+|-\d|-raw', '', arch)].split()
-    post, swish, used = arch.startswith('resnet'), arch.endswith('swish'), set()
-    act, depth = F.silu if swish else F.relu, 3 if arch == 'resnet50' else 2
-    raw = arch in ('preactresnet18-raw', 'preactresnet18-swish')  # the input of the shortcut
-
-    def get(name, kinds='weight'):
-        used.update(f'{name}.{kind}' for kind in kinds.split())
-        return [state[f'{name}.{kind}'] for kind in kinds.split()]
-
-    def norm(x, name):
-        return F.batch_norm(x, *get(name, 'running_mean running_var weight bias'))
-
-    def conv(x, name, stride=1):
-        weight, = get(name)
-        side = weight.shape[-1] // 2
-        one_sided = swish and stride == 2 and side  # as TensorFlow pads
-        return F.conv2d(F.pad(x, [0, 1, 0, 1] if one_sided else [side] * 4), weight, stride=stride)
-
-    mean, std = (torch.tensor(v)[:, None, None] for v in statistics or ([0], [1]))
-    x = (x - mean) / std
-    out = act(norm(conv(x, first), last)) if post else conv(x, first)
-    found = (re.match(r'(layer\d|layer_\d|layer\.\d\.block|block\d\.layer)\.\d', k) for k in state)
-    blocks = list(dict.fromkeys(match[0] for match in found if match))
-    for at in blocks:
-        stride = 2 if at.endswith('0') and at[:-2] != blocks[0][:-2] else 1
-        inside = out
-        for i in range(1, depth + 1) if post else ():
-            inside = conv(inside, f'{at}.conv{i}', stride if i == depth - 1 else 1)
-            inside = norm(inside, f'{at}.bn{i}')
-            inside = act(inside) if i < depth else inside
-        if not post:
-            start = act(norm(out, f'{at}.{n1}'))
-            inside = act(norm(conv(start, f'{at}.{c1}', stride), f'{at}.{n2}'))
-            inside = conv(inside, f'{at}.{c2}')
-        if f'{at}.{shortcut}.weight' in state:
-            out = conv(out if post or raw else start, f'{at}.{shortcut}', stride)
-            out = norm(out, f'{at}.shortcut.1') if post else out
-        out = act(inside + out) if post else inside + out
-    out = out if post or f'{last}.weight' not in state else act(norm(out, last))
-    return F.linear(out.mean((2, 3)), *get(head, 'weight bias')), used
-
-
 @torch.no_grad()
-@pytest.mark.parametrize('arch, options, statistics', [
-    ('preactresnet18', (10, 3, False), None), ('preactresnet18', (7, 1), None),
-    ('preactresnet18-raw', (), None), ('resnet18', (7, 1), None), ('resnet34', (), None),
-    ('resnet50', (), None), ('wideresnet16-2', (100,), None), ('preactresnet18-swish', (), CIFAR10),
-    ('wideresnet16-2-swish', (), CIFAR10), ('wideresnet10-1-swish', (100,), CIFAR100),
-    ('wideresnet10-1-swish', (10, 1), None)])
-def test_names_and_logits_match_the_published_networks(arch, options, statistics):
-    model = models.build_model(arch, *options).eval()
-    for name, value in model.state_dict().items():
-        if value.dim() == 1:  # not those of a new network
-            value.uniform_(0.5, 1.5) if 'var' in name or 'weight' in name else value.normal_(0, 0.1)
+@pytest.mark.parametrize('arch, options, expected', [
+    ('preactresnet18', (10, 3, False), [1.25812, 0.828191]),
+    ('preactresnet18', (7, 1), [-15.251, 17.1457]), ('resnet18', (7, 1), [-2.26427, 4.71646]),
+    ('preactresnet18-raw', (), [4.43668, -2.9881]), ('resnet34', (), [-8.83816, 13.2101]),
+    ('resnet50', (), [164.356, -40.1942]), ('wideresnet16-2', (100,), [3.80279, 0.478545]),
+    ('preactresnet18-swish', (), [-3.56069, 5.37444]),
+    ('wideresnet16-2-swish', (), [-0.982352, 4.19322]),
+    ('wideresnet10-1-swish', (100,), [-0.400249, 2.48945]),
+    ('wideresnet10-1-swish', (10, 1), [-0.462003, 2.48223])])
+def test_names_and_logits_are_those_of_the_published_networks(arch, options, expected):
+    """Each weight follows from its name. The first two logits were computed by a forward pass that
+    was written from RobustBench's code and DeepMind's, in float64."""
+    model = models.build_model(arch, *options)
+    for name, v in model.state_dict().items():
+        wave = torch.sin(torch.arange(v.numel()).double() + zlib.crc32(name.encode()) % 1000)
+        scale = (2 / v[:1].numel()) ** 0.5 if v.dim() > 1 else 0.5
+        v.copy_(scale * wave.view(v.shape) + (v.dim() < 2))
     torch.save(model.state_dict(), 'a.pt')
-    x = torch.rand(2, options[1] if len(options) > 1 else 3, 16, 16).double()
-    expected, used = published_logits(arch, model.double().state_dict(), x, statistics)
-    torch.testing.assert_close(model(x), expected)
-    assert {k for k in model.state_dict() if 'num_batches' not in k} == used
-    loaded = models.load_model('a.pt', arch if arch.endswith('raw') else None)
-    assert torch.equal(loaded.double()(x), model(x))
+    loaded = models.load_model('a.pt', arch if arch.endswith('raw') else None).double()
+    channels = options[1] if len(options) > 1 else 3
+    x = torch.linspace(0, 1, channels * 256).double().view(1, channels, 16, 16)
+    assert loaded(x)[0, :2].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-@torch.no_grad()
 def test_smallcnn_starts_with_zero_logits_and_has_the_names_of_trades():
-    model = models.build_model('smallcnn', 7, 1).eval()
-    assert model(torch.rand(2, 1, 28, 28)).tolist() == [[0] * 7] * 2
+    model = models.build_model('smallcnn', 7, 1)
+    assert not model(torch.rand(2, 1, 28, 28)).any()
     layers = [*(f'feature_extractor.conv{i}' for i in (1, 2, 3, 4)),
               *(f'classifier.fc{i}' for i in (1, 2, 3))]
     assert [name[:-7] for name in model.state_dict() if 'weight' in name] == layers
@@ -1060,14 +1011,6 @@ def test_a_normalization_that_belongs_to_the_network_stays_in_it(prefix):
     assert models.find_state_dict(prefixed(prefix)(state), state) == (state, None)
 
 
-@pytest.mark.filterwarnings('ignore:.*torch.jit')
-@pytest.mark.parametrize('tail', [b'', b'PK\5\6'])  # with which zipfile sees no archive
-def test_torchscript_is_refused(tail):
-    torch.jit.save(torch.jit.script(nn.ReLU()), 'a.pt')
-    Path('a.pt').write_bytes(Path('a.pt').read_bytes() + tail)
-    refuses('a.pt .*TorchScript', models.load, 'a.pt')
-
-
 TENSOR, OLD, SELF = saved({'w': torch.zeros(3000)}), saved({'w': torch.zeros(3000)}, False), {}
 SELF['model'] = SELF
 UNREADABLE = {
@@ -1133,14 +1076,6 @@ def test_normalization_by_the_caller_replaces_the_one_in_the_network(text, mean,
         torch.save(model.state_dict(), 'a.pt')
         loaded = models.load_model('a.pt', normalize=models.mean_and_std(text))
         torch.testing.assert_close(loaded(x), model(x_in))
-
-
-def test_a_failed_write_leaves_the_old_file():
-    Path('a.txt').write_text('old')
-    with pytest.raises(RuntimeError), models.atomic_write('a.txt') as f:
-        f.write('half of it')
-        raise RuntimeError
-    assert [*Path().glob('a.*')] == [Path('a.txt')] and Path('a.txt').read_text() == 'old'
 
 
 # ---------------------------------------------------------------- data sets
