@@ -405,30 +405,27 @@ def test_signals_ignored_by_nohup_stay_ignored():
         train('at', PLAIN)
 
 
-def test_milestones_follow_the_number_of_epochs():
-    drop = [pytest.approx(0.1)] * 11 + [pytest.approx(0.01)]
-    train('at', PLAIN, '--epochs 12 --model-dir whole')
-    assert [row['lr'] for row in last_of('whole')['log']] == drop
-    train('at', PLAIN)
-    out, _ = train('at', '--arch net.py:plain --resume run --epochs 12')
-    assert 'epochs 2 -> 12' in out and 'lr_milestones [2] -> [11, 12]' in out
-    assert same_run('run', 'whole')
-    train('at', PLAIN, '--lr-milestones 1 --model-dir given')
-    out, _ = train('at', '--arch net.py:plain --resume given --epochs 4')
-    assert 'lr_milestones' not in out and last_of('given')['log'][-1]['lr'] == drop[-1]
-
-
 def test_flags_can_be_changed_on_resuming_and_are_listed(runs):
     shutil.copytree(runs['at'], 'run')
-    out, _ = train('at', '--resume run --arch net.py:Net')
-    assert 'finished' in out and same_run('run', runs['at'])
-    out, _ = train('at', '--resume run --arch net.py:Net --epochs 3 --lr 0.01 --ema 0.9 --wd 0.5')
+    resume = '--resume run --arch net.py:Net'
+    assert 'finished' in train('at', resume)[0] and same_run('run', runs['at'])
+    out, _ = train('at', f'{resume} --epochs 3 --lr 0.01 --ema 0.9 --wd 0.5')
     changes = ('epochs 2 -> 3', 'lr 0.1 -> 0.01', 'ema None -> 0.9', 'lr_milestones [2] -> [3]',
                'weight_decay 0.0005 -> 0.5')
     assert all(change in out for change in changes) and out.count(' -> ') == 5
     assert last_of()['optimizer']['param_groups'][0]['weight_decay'] == 0.5
     log = last_of()['log']
     assert log[2]['lr'] == 0.01 and 'ema_pgd10' in log[2] and log[2]['seconds'] > log[1]['seconds']
+
+
+def test_milestones_follow_the_number_of_epochs_unless_they_are_given():
+    train('at', PLAIN, '--epochs 12 --model-dir whole')
+    rates = [row['lr'] for row in last_of('whole')['log']]
+    assert rates == pytest.approx([0.1] * 11 + [0.01])
+    for milestones in ('', '--lr-milestones 1'):
+        train('at', PLAIN, milestones, f'--model-dir run{milestones[-1:]}')
+        train('at', f'--arch net.py:plain --resume run{milestones[-1:]} --epochs 12')
+    assert same_run('run', 'whole') and last_of('run1')['log'][5]['lr'] == rates[-1]
 
 
 def test_with_another_batch_size_a_resumed_run_begins_its_epoch_again():
@@ -1429,10 +1426,11 @@ def test_models_that_differ_in_their_seed_have_a_row_of_means(run, trained):
     assert seeds['report']['sd']['entropy'] == pytest.approx(sd, abs=2e-3)
 
 
-def test_saved_results_are_reused_unless_a_setting_changes():
+def test_saved_results_are_reused_unless_a_setting_the_images_or_the_network_change():
     args, seen = linear_network(), []
 
     def count(*more):
+        """The number of passes through the network."""
         sys.modules.pop('helper', None)
         seen.append(command(args, 'pgd20 ls apgd-ce --batch-size 4', *more)[0])
         return len(sys.modules['helper'].calls)
@@ -1443,51 +1441,37 @@ def test_saved_results_are_reused_unless_a_setting_changes():
                   '--split train', '--aa-epsilon 0.07'):
         assert count(other) > again + 10, other
         assert count(other) == again, other
+    linear_network('logits.detach() + 0 * logits')  # by what it imports: no gradient, same logits
+    assert count() > again + 10 and seen[-1] != seen[0]
+    weights = torch.load('own.pt', weights_only=True)
+    weights['weight'][0, 0] += 1e-4
+    torch.save(weights, 'own.pt')
+    assert count() > again + 10
     own_images(test_labels=np.append(np.arange(19) % 5, 0))
     assert count() > again + 10
 
 
-def test_results_of_a_changed_network_are_not_reused():
-    """The change is in a module that the network's file imports, or in the weights."""
-    args = linear_network()
-    before = command(args, 'pgd20')[0]
-    linear_network('logits.detach() + 0 * logits')  # the same logits, but no gradient
-    assert command(args, 'pgd20')[0] != before
-    linear_network()
-    weights = torch.load('own.pt', weights_only=True)
-    weights['weight'][0, 0] += 1e-4
-    torch.save(weights, 'own.pt')
-    command(args, 'pgd20')
-    assert len(sys.modules['helper'].calls) > 25  # attacked again
-
-
-def test_a_killed_evaluation_continues_and_gives_the_same_table(run, trained):
-    args = '--attacks pgd20 pgd100 --n-examples 12 --batch-size 4 --epsilon 0.04 --no-cuda'.split()
-    killed = subprocess.Popen([sys.executable, ROOT / 'evaluate.py', *args, '--model-path', run],
-                              env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_killed_evaluation_continues_and_gives_the_same_outcomes_as_two_processes(run, trained):
+    args = '--attacks pgd20 pgd100 apgd-ce --n-examples 12 --batch-size 5 --epsilon 0.04 --no-cuda'
+    other = make_run('other/digits-at-seed1', trained)
+    program = [ROOT / 'evaluate.py', *args.split(), '--model-path']
+    killed = subprocess.Popen([sys.executable, *program, run], env=ENV, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
     for line in killed.stderr:
         if ': pgd20' in line:
             killed.send_signal(signal.SIGKILL)
     assert killed.communicate()[0] == '' and killed.returncode == -signal.SIGKILL
     assert {name.split('-')[0] for name in os.listdir(f'{run}/best.pt.eval')} == {'clean', 'pgd20'}
-    other = make_run('other/digits-at-seed1', trained)
-    expected = command(*args, '--model-path', other)[0]
     paths = f'--model-path {run} {run}/best.pt.eval'  # as with {run}/*
-    assert command(*args, paths)[0] == expected
-
-
-def test_two_processes_print_the_same_table_as_one(run, trained):
-    args = '--attacks pgd20 apgd-ce --n-examples 12 --batch-size 5 --epsilon 0.04 --no-cuda'.split()
+    out, _ = command(args, '--save-outcomes one.npz', paths)
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2',
-                           f'--master-port={20000 + os.getpid() % 9000}', ROOT / 'evaluate.py',
-                           *args, '--save-outcomes', 'two.npz', '--model-path', run],
+                           f'--master-port={20000 + os.getpid() % 9000}', *program,
+                           other, '--save-outcomes', 'two.npz'],
                           env=ENV, text=True, timeout=300, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    other = make_run('other/digits-at-seed1', trained)
-    assert command(*args, '--save-outcomes one.npz --model-path', other)[0] == done.stdout
+    assert done.returncode == 0 and done.stdout == out, done.stderr
+    assert done.stderr.count(': pgd20') == 1
     one, two = np.load('one.npz'), np.load('two.npz')
     assert all(np.array_equal(one[k], two[k], equal_nan=one[k].dtype.kind == 'f') for k in one)
-    assert done.stderr.count(': pgd20') == 1
 
 
 def test_figures_are_written_as_png_and_pdf(run, trained):
@@ -1533,18 +1517,13 @@ def test_attacks_that_cannot_work_give_one_warning_line(change, before, told):
 
 
 def test_low_clean_accuracy_of_a_foreign_checkpoint_gives_a_hint(trained):
-    state = trained.state_dict()
-    torch.save(state, 'good.pt')
-    torch.save(state | {'classifier.fc3.bias': state['classifier.fc3.bias'] + 9 * torch.eye(10)[1]},
-               'biased.pt')
-    hints = []
-    for file in ('good.pt', 'biased.pt'):
-        out, err = command('--dataset digits --attacks clean --n-examples 100 --model-path', file)
-        hints.append('--normalize' in err and 'preactresnet18-raw' in err)
-    assert 30 < float(table(out).popitem()[1]['clean']) < 90 and hints == [False, True]
-    torch.save(dict(state_dict=models.load('biased.pt'), algorithm='at', dataset='digits',
-                     args={}), 'ours.pt')
-    assert '--normalize' not in command('--attacks clean --model-path ours.pt')[1]
+    good = trained.state_dict()
+    bad = good | {'classifier.fc3.bias': good['classifier.fc3.bias'] + 9 * torch.eye(10)[1]}
+    ours = dict(state_dict=bad, algorithm='at', dataset='digits', args={})
+    for content in (good, bad, ours):
+        torch.save(content, 'a.pt')
+        _, err = command('--dataset digits --attacks clean --n-examples 100 --model-path a.pt')
+        assert ('--normalize' in err and 'preactresnet18-raw' in err) == (content is bad), err
 
 
 def test_with_fewer_classes_the_table_names_the_targets():
