@@ -402,9 +402,9 @@ def write_outcomes(path, args, rows, groups):
 
 # ---------------------------------------------------------------- figures
 @contextlib.contextmanager
-def figure(path, panels=1, columns=1, height=2.5, **options):
+def figure(path, panels=1, height=2.5, **options):
     """The axes of a figure, one for each panel; saved as PNG and PDF at the end."""
-    rows = math.ceil(panels / columns)
+    rows, columns = math.ceil(panels / 2), min(panels, 2)
     with matplotlib.rc_context(STYLE):
         fig = matplotlib.figure.Figure((3.5 * columns, height * rows), layout='constrained')
         axes = fig.subplots(rows, columns, squeeze=False, **options).flat
@@ -421,7 +421,7 @@ def plot_entropy_histogram(path, args, rows, groups):
     """Figures 2 and 4b: entropies of the PGD-20 examples; a panel for each method."""
     edges = np.linspace(0, math.log(len(args.classes)), 31)
     methods = list(dict.fromkeys(group.method for group in groups))
-    with figure(path, len(methods), min(2, len(methods)), sharey=True) as axes:
+    with figure(path, len(methods), sharey=True) as axes:
         for group in groups:
             ax = axes[methods.index(group.method)]
             h = np.clip([row['outcomes']['pgd20']['entropy'] for row in group.rows], 0, edges[-1])
@@ -451,25 +451,26 @@ def plot_entropy_vs_robustness(path, args, rows, groups):
 
 def plot_pgd_vs_worst(path, args, rows, groups):
     """By how many points PGD-20 overestimates robustness; small marks: seeds, large: their mean."""
-    marks = {'pgd20': 'o', 'worst': 'D', 'autoattack': 'x'}
+    marks = {'pgd20': dict(marker='o', fillstyle='none'), 'worst': dict(marker='D'),
+             'autoattack': dict(marker='x')}
+    marks = {k: mark for k, mark in marks.items() if k in rows[0]['accuracy']}
     lines = len(groups) * max(group.title.count('\n') + 1 for group in groups)
     with figure(path, height=1 + 0.14 * len(groups) + 0.11 * lines) as (ax,):
         for i, group in enumerate(groups):
             mean = {}
-            for attack in [k for k in marks if k in rows[0]['accuracy']]:
+            for attack, mark in marks.items():
                 seeds = [100 * row['accuracy'][attack] for row in group.rows]
                 mean[attack] = np.mean(seeds)
-                look = dict(color=group.color, fillstyle='none' if attack == 'pgd20' else 'full')
                 if len(seeds) > 1:
-                    ax.plot(seeds, [i] * len(seeds), marks[attack], markersize=2, **look)
-                ax.plot(mean[attack], i, marks[attack], **look)
+                    ax.plot(seeds, [i] * len(seeds), color=group.color, linestyle='', markersize=2,
+                            **mark)
+                ax.plot(mean[attack], i, color=group.color, linestyle='', **mark)
             ends = mean['worst'], mean['pgd20']
             ax.plot(ends, [i, i], color=group.color, linestyle=group.line)
             ax.annotate(f'{ends[1] - ends[0]:.1f}', (ends[0], i), (4, 3), fontsize=6,
                         textcoords='offset points')
-        for attack in mean:
-            ax.plot([], [], marks[attack], color='0.2', label=WRITTEN[attack],
-                    fillstyle='none' if attack == 'pgd20' else 'full')
+        for attack, mark in marks.items():
+            ax.plot([], [], color='0.2', label=WRITTEN[attack], linestyle='', **mark)
         ax.set_yticks(range(len(groups)), [group.title for group in groups])
         ax.set(xlabel='robust accuracy (%)', ylim=(len(groups) - 0.5, -0.7))
 
@@ -480,7 +481,7 @@ def plot_tsne(path, args, rows, groups):
     images, labels = rows[0]['images'], rows[0]['labels']
     index = torch.cat([(labels == k).nonzero()[:500, 0] for k in (0, 1)])  # t-SNE is slow
     y = labels[index].cpu().numpy()
-    with figure(path, len(groups), min(2, len(groups))) as axes:
+    with figure(path, len(groups)) as axes:
         for ax, group in zip(axes, groups):
             model, inputs = group.rows[0]['network'], []
             last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
