@@ -54,7 +54,6 @@ OWN = f'--dataset own.npz --epsilon 0.1 {SHORT}'  # batches of 16, 16, 16 and 4 
 NET, PLAIN = f'{OWN} --arch net.py:Net', f'{OWN} --arch net.py:plain'
 EVERYTHING = ('--entropy-weight --ema 0.8 --awp-gamma 0.01 --awp-warmup 1 --lr-schedule cosine '
               '--extra-data extra.npz')
-EXTRA = '--extra-data extra.npz'
 EACH_STEP = '--save-every-minutes 1e-9'
 every_algorithm = pytest.mark.parametrize('algorithm', ALGORITHMS)
 
@@ -373,30 +372,24 @@ def test_a_run_killed_between_any_two_file_writes_continues_exactly(flags, monke
     assert len(copies) > (20 if EACH_STEP in flags else 8)
 
 
-@pytest.mark.parametrize('algorithm, number, step', [
-    ('at', signal.SIGTERM, 6), ('trades', signal.SIGINT, 4), ('mart', signal.SIGHUP, 8)])
-def test_a_signal_saves_and_says_how_to_continue(algorithm, number, step, runs, capfd):
-    """The last step of an epoch is saved before its evaluation."""
-    with hooks(kill(number, step)):
-        out, _ = train(algorithm, NET, '--entropy-weight', status=128 + number)
-    assert out.splitlines()[-1].endswith('--resume run') and 'at once' in capfd.readouterr().err
-    assert 4 * last_of()['epoch'] + last_of()['step'] == step
+@pytest.mark.parametrize('algorithm, signals, step, saved, status', [
+    ('at', 'TERM', 6, 6, 143), ('trades', 'INT', 4, 4, 130), ('mart', 'HUP', 8, 8, 129),
+    ('at', 'TERM TERM', 6, 6, 143), ('at', 'INT INT', 6, 5, -2), ('at', 'KILL', 6, 5, -9)])
+def test_a_run_ended_by_signals_continues_exactly(
+        algorithm, signals, step, saved, status, runs, capfd):
+    """The first signal ends a run after the step, saved; the last step of an epoch before its
+    evaluation. A second Ctrl-C ends it at once. A second SIGTERM does not: cluster schedulers send
+    SIGTERM to each process, and torchrun sends it once more."""
+    def send(optimizer, n):
+        for name in signals.split() * (n == step):
+            os.kill(os.getpid(), signal.Signals[f'SIG{name}'])
+    child = in_child(algorithm, f'{NET} --entropy-weight {EACH_STEP * (status < 0)}', send)
+    child.join(100)
+    assert child.exitcode == status and 4 * last_of()['epoch'] + last_of()['step'] == saved
+    out, err = capfd.readouterr()
+    assert status < 0 or out.splitlines()[-1].endswith('--resume run') and 'at once' in err
     train(algorithm, '--resume run --arch net.py:Net')
     assert same_run('run', runs[f'ew-{algorithm}'])
-
-
-@pytest.mark.parametrize('first, second, status', [
-    ('KILL', 'KILL', -9), ('INT', 'INT', -2), ('TERM', 'TERM', 143)])
-def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(first, second, status, runs):
-    """Cluster schedulers send SIGTERM to each process, and torchrun sends it once more."""
-    def step(optimizer, n):
-        for name in (first, second) * (n == 6):
-            os.kill(os.getpid(), signal.Signals[f'SIG{name}'])
-    child = in_child('at', f'{NET} {EACH_STEP}', step)
-    child.join(100)
-    assert (child.exitcode, last_of()['step']) == (status, 2 if status > 0 else 1)
-    train('at', '--resume run --arch net.py:Net')
-    assert same_run('run', runs['at'])
 
 
 def test_signals_ignored_by_nohup_stay_ignored():
@@ -646,7 +639,8 @@ def test_extra_images_fill_their_share_of_each_batch_and_are_drawn_evenly():
     images, extra = data.load_data('own.npz')[0], data.load_npz('extra.npz', 'image', 'label')[0]
     ids = {key: i for i, key in enumerate(comparable([*data.to_float(torch.cat([images, extra]))]))}
     with hooks(forward=lambda net, x: batches.append([*map(ids.get, comparable([*x]))])):
-        train('trades', PLAIN, '--augment none --batch-size 10 --test-size 9', EXTRA)
+        train('trades', PLAIN, '--augment none --batch-size 10 --test-size 9 '
+              '--extra-data extra.npz')
     clean = [batch for batch in batches if None not in batch][::2]  # for the attack and the loss
     assert len(clean) == 2 * 6  # as many steps as without extra images
     for epoch in (clean[:6], clean[6:]):
@@ -1153,11 +1147,6 @@ def digits(size):
     return data.load_data('digits', train=False, size=size)
 
 
-def gray(size):
-    """Images of one pixel, 0.498, all of class 0."""
-    return torch.full((size, 1, 1, 1), 127, dtype=torch.uint8), torch.zeros(size).long()
-
-
 @pytest.fixture(scope='module')
 def trained():
     """A SmallCNN trained on clean digits for a moment: accurate, but not robust."""
@@ -1239,7 +1228,7 @@ def test_logit_scaling_finds_what_masked_gradients_hide_from_pgd(scale, factor):
     """
     model = affine(torch.tensor([[0.0]] + [[1.0]] + [[-1.0]] * 8),
                    torch.tensor([0.0] + [-0.09 - 0.5] + [-1000.0] * 8), scale)
-    images, labels = gray(100)
+    images, labels = torch.full((100, 1, 1, 1), 127, dtype=torch.uint8), torch.zeros(100).long()
     x = data.to_float(images)
     pgd, scaled = (model(evaluate.pgd_attack(model, x, labels, 0.1, 0.01, 20, f)).argmax(1)
                    for f in (1, factor))
@@ -1413,17 +1402,21 @@ def test_the_table_the_json_and_the_outcomes_agree_with_the_functions(run, train
     assert saved['correct'].dtype == bool and saved['margin'].dtype == np.float16
 
 
-def test_models_that_differ_in_their_seed_have_a_row_of_means(run, trained):
-    others = [make_run('digits-at-seed2', trained, 0.3), make_run('digits-ew-at-seed1', trained)]
-    out, _ = command('--json a.json', FAST, run, *others)
+def test_seeds_are_averaged_and_figures_are_written_as_png_and_pdf(run, trained):
+    others = [make_run('digits-at-seed2', trained, 0.3), make_run('$x_seed1', trained),
+              make_run('digits-ew-at-seed1', trained, 0.5)]
+    out, _ = command('--attacks fgsm autoattack --n-examples 12 --epsilon 0.3 --json a.json '
+                     '--figures f --model-path', run, *others)
     entropies = [float(row['entropy']) for row in list(table(out, 1).values())[:2]]
     mean, sd = np.mean(entropies), np.std(entropies, ddof=1)
     found = table(out, 1)['digits-at (2 seeds): mean ± sd']['entropy'].split(' ± ')
     assert list(map(float, found)) == pytest.approx([mean, sd], abs=2e-3) and sd > 0.1
-    assert len(table(out)) == 4
     seeds, = json.loads(Path('a.json').read_text())['seeds']
-    assert seeds['models'] == ['digits-at-seed1', 'digits-at-seed2']
+    assert len(table(out)) == 5 and seeds['models'] == ['digits-at-seed1', 'digits-at-seed2']
     assert seeds['report']['sd']['entropy'] == pytest.approx(sd, abs=2e-3)
+    names = 'entropy_histogram', 'entropy_vs_robustness', 'pgd_vs_worst', 'tsne'
+    assert {*os.listdir('f')} == {f'{name}.{kind}' for name in names for kind in ('png', 'pdf')}
+    assert all(Path('f', name).stat().st_size > 8000 for name in os.listdir('f'))
 
 
 def test_saved_results_are_reused_unless_a_setting_the_images_or_the_network_change():
@@ -1474,22 +1467,11 @@ def test_a_killed_evaluation_continues_and_gives_the_same_outcomes_as_two_proces
     assert all(np.array_equal(one[k], two[k], equal_nan=one[k].dtype.kind == 'f') for k in one)
 
 
-def test_figures_are_written_as_png_and_pdf(run, trained):
-    ew = make_run('digits-ew-at-seed1', trained, 0.5, entropy_weight=True, tau=1.0)
-    second, other = make_run('digits-at-seed2', trained, 2.0), make_run('$x_seed1', trained)
-    command('--attacks fgsm autoattack --n-examples 12 --epsilon 0.3 --figures f --model-path', run,
-            ew, second, other)
-    names = 'entropy_histogram', 'entropy_vs_robustness', 'pgd_vs_worst', 'tsne'
-    assert {*os.listdir('f')} == {f'{name}.{kind}' for name in names for kind in ('png', 'pdf')}
-    assert all(Path('f', name).stat().st_size > 8000 for name in os.listdir('f'))
-
-
 def test_nine_models_of_other_projects_look_different_and_seeds_alone_have_a_label():
-    rows = [dict(model=name, about={}) for name in 'abcdefghi']
-    groups = evaluate.group_seeds(rows)
+    groups = evaluate.group_seeds([dict(model=name, about={}) for name in 'abcdefghi'])
     assert len({(group.color, group.line, group.marker) for group in groups}) == 9
-    rows = [dict(model=f'seed{n}', about={}) for n in (1, 2)]
-    assert evaluate.group_seeds(rows)[0].label == 'all (2 seeds)'
+    seeds, = evaluate.group_seeds([dict(model=f'seed{n}', about={}) for n in (1, 2)])
+    assert seeds.label == 'all (2 seeds)'
 
 
 def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run):
