@@ -248,7 +248,8 @@ def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 2
         before = 'clean' if attack in AUTOATTACK else None
         columns |= STANDARD if attack == 'autoattack' else {attack: (attack, before)}
     for title, (attack, before) in columns.items():
-        began, radius, examples, file = time.monotonic(), epsilon, np.ones(len(labels), bool), None
+        began, file = time.monotonic(), None
+        radius, examples = epsilon, np.ones(len(labels), bool)
         if before:
             radius, examples = aa_epsilon or epsilon, outcomes[before]['correct']
         if folder:
