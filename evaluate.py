@@ -10,7 +10,7 @@ beside each model in <model>.eval, so that the same command continues an interru
 
     fgsm         one step of epsilon from the image
     pgd10, pgd20, pgd100   steps of epsilon/4, epsilon/10 and epsilon/4 from a random start
-    ls           pgd20 with the logits multiplied by --ls-scale in the loss (logit scaling, Eq. 9)
+    ls           pgd20 with the logits multiplied by 10 in the loss (logit scaling, Eq. 9)
     autoattack   the standard version: apgd-ce, apgd-t, fab-t and square, each on the examples that
                  withstand those before it; each of the four is available on its own as well
 
@@ -45,11 +45,14 @@ import data
 import models
 
 VERSION = 1  # of the attacks: raise it if their results change, so that old ones are not reused
-STEPS = {'fgsm': (1, 1), 'pgd10': (1 / 4, 10), 'pgd20': (1 / 10, 20), 'pgd100': (1 / 4, 100),
-         'ls': (1 / 10, 20)}  # step size divided by epsilon, number of steps
+# Step size divided by epsilon, number of steps, factor of the logits, random start
+PGD = {'fgsm': (1, 1, 1.0, False), 'pgd10': (1 / 4, 10, 1.0, True),
+       'pgd20': (1 / 10, 20, 1.0, True), 'pgd100': (1 / 4, 100, 1.0, True),
+       'ls': (1 / 10, 20, 10.0, True)}
 AUTOATTACK = {'apgd-ce': 'apgd', 'apgd-t': 'apgd_targeted', 'fab-t': 'fab', 'square': 'square'}
-STANDARD = {'aa: apgd-ce': 'apgd-ce', 'aa: + apgd-t': 'apgd-t', 'aa: + fab-t': 'fab-t',
-            'autoattack': 'square'}  # the columns of AutoAttack's standard version
+# The columns of AutoAttack's standard version: each attacks what withstood the column named last
+STANDARD = {'aa: apgd-ce': ('apgd-ce', 'clean'), 'aa: + apgd-t': ('apgd-t', 'aa: apgd-ce'),
+            'aa: + fab-t': ('fab-t', 'aa: + apgd-t'), 'autoattack': ('square', 'aa: + fab-t')}
 MEASURES = 'correct', 'entropy', 'margin', 'p_wrong', 'kappa'
 LOW_CLEAN = {'mnist': 0.9, 'digits': 0.9, 'cifar10': 0.6, 'cifar100': 0.3}
 
@@ -99,35 +102,24 @@ def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, rand
 
 
 @torch.no_grad()
-def run_attack(attack, model, x, y, epsilon, seed=1, first=0, restarts=1, ls_scale=10.0,
-               kappa=None):
+def run_attack(attack, model, x, y, epsilon, seed=1, first=0, kappa=None):
     """x_adv for images x (B, C, H, W) in [0, 1] and labels y (B,).
 
-    attack: clean, or a name in STEPS or AUTOATTACK. first: the position of the first example, which
-    together with seed decides the random start; torch is reseeded. Restarts attack only
-    examples that no start has broken. kappa: see pgd_attack; first start only. Raises
+    attack: clean, or a name in PGD or AUTOATTACK. first: the position of the first example, which
+    together with seed decides the random start; torch is reseeded. kappa: see pgd_attack. Raises
     RuntimeError if x_adv is not within epsilon of x and in [0, 1].
     """
     check_input(x, epsilon)
-    x_adv, standing = x, torch.arange(len(x), device=x.device)
+    x_adv = x
     if attack in AUTOATTACK:  # the package's own loop over its attacks cannot continue after a kill
         adversary = pyautoattack.AutoAttack(model, eps=epsilon, seed=seed, device=x.device)
         part, num_classes = getattr(adversary, AUTOATTACK[attack]), model(x[:1]).shape[1]
         part.targeted, part.n_target_classes = attack == 'fab-t', min(9, num_classes - 1)
-        if attack == 'apgd-t' and num_classes < 4:
-            raise ValueError(f'the loss of apgd-t needs at least 4 classes, not {num_classes}')
         x_adv = part.perturb(x.contiguous(), y)
     elif attack != 'clean':
-        step_size, num_steps = STEPS[attack]
-        for restart in range(1 if attack == 'fgsm' else restarts):
-            if restart:
-                standing = standing[predict(model, x_adv[standing]).argmax(1) == y[standing]]
-                if not len(standing):
-                    break
-            data.seed(seed, first, restart)
-            x_adv = x_adv.index_copy(0, standing, pgd_attack(
-                model, x[standing], y[standing], epsilon, step_size * epsilon, num_steps,
-                ls_scale if attack == 'ls' else 1.0, attack != 'fgsm', None if restart else kappa))
+        data.seed(seed, first, 0)
+        share, *options = PGD[attack]
+        x_adv = pgd_attack(model, x, y, epsilon, share * epsilon, *options, kappa)
     outside = (x_adv - x).abs().max() - epsilon, -x_adv.min(), x_adv.max() - 1
     if not all(distance <= 1e-6 for distance in outside):  # rounding; NaN is outside as well
         raise RuntimeError(f'{attack} left the ball of radius {epsilon:g} or [0, 1]')
@@ -197,18 +189,20 @@ def gather(value):
 
 
 def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch_size=250, seed=1,
-                    measures=None, save=None, desc=None, **options):
+                    file=None, desc=None):
     """Attack images and measure the predictions on the results: {name: NumPy array (N,)}.
 
     correct (bool); entropy, margin: see above; p_wrong: 1 - p_y; kappa: see pgd_attack. images:
     uint8 (N, C, H, W); labels: (N,); examples: (N,) bool, the ones to attack (default: all); the
-    others count as wrong, and their other measures are NaN. options: restarts, ls_scale. measures:
-    float32 (5, N) of an earlier call, to be completed; save: called after each batch, by the first
-    process. The processes of torch.distributed share the batches. The model is evaluated in eval
-    mode; its modes and torch's random state are left as they were.
+    others count as wrong, and their other measures are NaN. file: where the results of finished
+    batches are kept; batches found in it are not attacked again. The processes of
+    torch.distributed share the batches. The model is evaluated in eval mode; its modes and torch's
+    random state are left as they were.
     """
-    if measures is None:
-        measures = np.full((len(MEASURES), len(labels)), np.nan, np.float32)
+    measures = np.full((len(MEASURES), len(labels)), np.nan, np.float32)
+    if file and os.path.exists(file):
+        measures = np.load(file)
+    measures = gather(measures)[0]  # of the first process: another may look for another file
     index = np.arange(len(labels)) if examples is None else np.flatnonzero(examples)
     batches = [(i, index[i:i + batch_size]) for i in range(0, len(index), batch_size)]
     todo = [(first, batch) for first, batch in batches if np.isnan(measures[0, batch]).any()]
@@ -221,9 +215,8 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
             if i + rank < len(todo):
                 first, batch = todo[i + rank]
                 x, y = to_input(model, images[batch]), labels[batch].to(device)
-                kappa = torch.full(y.shape, 0.0 if attack in STEPS else math.nan, device=device)
-                x_adv = run_attack(attack, model, x, y, epsilon, seed, first, kappa=kappa,
-                                   **options)
+                kappa = torch.full(y.shape, 0.0 if attack in PGD else math.nan, device=device)
+                x_adv = run_attack(attack, model, x, y, epsilon, seed, first, kappa)
                 logits = predict(model, x_adv)
                 p_wrong = -torch.expm1(-F.cross_entropy(logits, y, reduction='none'))
                 mine = batch, torch.stack([(logits.argmax(1) == y).float(), entropy(logits),
@@ -231,35 +224,41 @@ def evaluate_attack(model, images, labels, attack, epsilon, examples=None, batch
             for batch, values in filter(None, gather(mine)):
                 measures[:, batch] = values
                 bar.update()
-            if save and rank == 0:
-                save()
+            if file and rank == 0:
+                try:
+                    os.makedirs(os.path.dirname(file) or '.', exist_ok=True)
+                    with models.atomic_write(file, 'wb') as f:
+                        np.save(f, measures)
+                except OSError as error:
+                    print(f'Warning: cannot write {file}: {error.strerror}', file=sys.stderr)
+                    file = None  # one warning is enough
     return dict(zip(MEASURES, [measures[0] == 1, *measures[1:]]))
 
 
 def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 255, aa_epsilon=None,
-                   batch_size=250, seed=1, restarts=1, ls_scale=10.0, name=None, records=None):
+                   batch_size=250, seed=1, name=None, folder=None, identity=None):
     """{column of the table: result of evaluate_attack}, beginning with 'clean'.
 
-    attacks: 'autoattack' and the names in STEPS and AUTOATTACK; aa_epsilon: for AutoAttack
-    (default: epsilon); name: for the progress on stderr; records: a Records.
+    attacks: 'autoattack' and the names in PGD and AUTOATTACK; aa_epsilon: for AutoAttack (default:
+    epsilon); name: for the progress on stderr; folder: where results are kept, to be reused by a
+    call with the same settings and identity, which stands for the model and the images.
     """
-    columns, outcomes = {'clean': 'clean'}, {}
+    columns, outcomes = {'clean': ('clean', None)}, {}
     for attack in attacks:
-        columns |= STANDARD if attack == 'autoattack' else {attack: attack}
-    for title, attack in columns.items():
-        began, measures = time.monotonic(), None
+        before = 'clean' if attack in AUTOATTACK else None
+        columns |= STANDARD if attack == 'autoattack' else {attack: (attack, before)}
+    for title, (attack, before) in columns.items():
+        began, file = time.monotonic(), None
         radius, examples = epsilon, np.ones(len(labels), bool)
-        if attack in AUTOATTACK:  # attacks only what is still classified correctly
-            before = [k for k in STANDARD if k in outcomes and title in STANDARD] or ['clean']
-            radius, examples = aa_epsilon or epsilon, outcomes[before[-1]]['correct']
-        options = dict(restarts=restarts) if attack in STEPS else {}
-        options |= dict(ls_scale=ls_scale) if attack == 'ls' else {}
-        if records:
-            measures = records.find(examples, attack=attack, steps=STEPS.get(attack), seed=seed,
-                                    epsilon=radius, batch_size=batch_size, **options)
-        outcomes[title] = evaluate_attack(
-            model, images, labels, attack, radius, examples, batch_size, seed, measures,
-            records and records.save, name and f'{name} {title}', **options)
+        if before:
+            radius, examples = aa_epsilon or epsilon, outcomes[before]['correct']
+        if folder:
+            chosen = hashlib.sha256(examples).hexdigest()
+            settings = json.dumps([PGD.get(attack), radius, batch_size, seed, chosen, identity])
+            key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+            file = f'{folder}/{attack}-{key}.npy'
+        outcomes[title] = evaluate_attack(model, images, labels, attack, radius, examples,
+                                          batch_size, seed, file, name and f'{name} {title}')
         if name:
             print(f'{name}: {title} {outcomes[title]["correct"].mean():.2%} of {len(labels):,} '
                   f'({time.monotonic() - began:.0f} s)', file=sys.stderr)
@@ -300,38 +299,6 @@ def inspect_model(model, x, y, num_classes):
     return (logits.argmax(1) == y).float().mean().item(), texts, fingerprint
 
 
-class Records:
-    """Measures of a model's finished batches, float32 (5, N): a file in <model>.eval per attack."""
-
-    def __init__(self, path, **identity):
-        self.directory, self.identity, self.failed = f'{path}.eval', identity, False
-
-    def find(self, examples, **settings):
-        """The measures of an attack on these examples, (N,) bool; NaN where there are none yet."""
-        settings |= self.identity | dict(examples=hashlib.sha256(examples).hexdigest())
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        path = f'{self.directory}/{settings["attack"]}-{key[:16]}.npz'
-        measures = np.full((len(MEASURES), len(examples)), np.nan, np.float32)
-        try:
-            if os.path.exists(path):
-                measures = np.load(path)['measures']
-        except Exception as error:  # NumPy raises many kinds for a damaged file
-            print(f'Warning: {path} is damaged and ignored: {error}', file=sys.stderr)
-        # those of the first process, because fingerprints may differ slightly
-        self.path, self.measures = gather((path, measures))[0]
-        return self.measures
-
-    def save(self):
-        try:
-            os.makedirs(self.directory, exist_ok=True)
-            with models.atomic_write(self.path, 'wb') as f:
-                np.savez(f, measures=self.measures)
-        except OSError as error:
-            if not self.failed:
-                print(f'Warning: cannot write {self.path}: {error.strerror}', file=sys.stderr)
-            self.failed = True
-
-
 def evaluate_row(args, row, rank):
     """Complete a model's row: the outcomes of evaluate_model and the numbers that follow."""
     for text in [] if rank else row['warnings']:
@@ -339,9 +306,8 @@ def evaluate_row(args, row, rank):
     logging.getLogger('auto-attack').setLevel('ERROR')  # inspect_model reports zero gradients once
     row['outcomes'] = evaluate_model(
         row['network'], row['images'], row['labels'], args.attacks, args.epsilon, args.aa_epsilon,
-        args.batch_size, args.seed, args.restarts, args.ls_scale, None if rank else row['model'],
-        Records(row['path'], **args.versions,
-                **{k: row[k] for k in ('weights', 'fingerprint', 'data')}))
+        args.batch_size, args.seed, None if rank else row['model'], f'{row["path"]}.eval',
+        row['identity'])
     correct = {title: outcome['correct'] for title, outcome in row['outcomes'].items()}
     complete = [v for title, v in correct.items() if not title.startswith('aa: ')]
     if len(complete) > 2:  # clean and at least two attacks
@@ -396,8 +362,7 @@ def print_tables(_, args, rows, groups):
                   f'{min(9, len(args.classes) - 1)} targets')
     captions = {
         'accuracy': f'Accuracy in % on {args.dataset}, {args.split} split, n = {rows[0]["n"]:,}; '
-        f'epsilon {radii}; seed {args.seed}, batch size {args.batch_size}, random starts '
-        f'{args.restarts}, LS scale {args.ls_scale:g}.',
+        f'epsilon {radii}; seed {args.seed}, batch size {args.batch_size}.',
         'report': 'Predictions on the PGD-20 examples: mean entropy in nats, standard deviation of '
         f'w with tau = 1, entropies above {t:g} and accuracies in %.'}
     heads = {'sd_of_w': 'sd of w', 'high_entropy': f'above {t:g}', 'accuracy_high_entropy':
@@ -438,9 +403,9 @@ def write_outcomes(path, args, rows, groups):
 
 # ---------------------------------------------------------------- figures
 @contextlib.contextmanager
-def figure(path, panels=1, columns=1, height=2.5, **options):
+def figure(path, panels=1, height=2.5, **options):
     """The axes of a figure, one for each panel; saved as PNG and PDF at the end."""
-    rows = math.ceil(panels / columns)
+    rows, columns = math.ceil(panels / 2), min(panels, 2)
     with matplotlib.rc_context(STYLE):
         fig = matplotlib.figure.Figure((3.5 * columns, height * rows), layout='constrained')
         axes = fig.subplots(rows, columns, squeeze=False, **options).flat
@@ -457,7 +422,7 @@ def plot_entropy_histogram(path, args, rows, groups):
     """Figures 2 and 4b: entropies of the PGD-20 examples; a panel for each method."""
     edges = np.linspace(0, math.log(len(args.classes)), 31)
     methods = list(dict.fromkeys(group.method for group in groups))
-    with figure(path, len(methods), min(2, len(methods)), sharey=True) as axes:
+    with figure(path, len(methods), sharey=True) as axes:
         for group in groups:
             ax = axes[methods.index(group.method)]
             h = np.clip([row['outcomes']['pgd20']['entropy'] for row in group.rows], 0, edges[-1])
@@ -487,25 +452,26 @@ def plot_entropy_vs_robustness(path, args, rows, groups):
 
 def plot_pgd_vs_worst(path, args, rows, groups):
     """By how many points PGD-20 overestimates robustness; small marks: seeds, large: their mean."""
-    marks = {'pgd20': 'o', 'worst': 'D', 'autoattack': 'x'}
+    marks = {'pgd20': dict(marker='o', fillstyle='none'), 'worst': dict(marker='D'),
+             'autoattack': dict(marker='x')}
+    marks = {k: mark for k, mark in marks.items() if k in rows[0]['accuracy']}
     lines = len(groups) * max(group.title.count('\n') + 1 for group in groups)
     with figure(path, height=1 + 0.14 * len(groups) + 0.11 * lines) as (ax,):
         for i, group in enumerate(groups):
             mean = {}
-            for attack in [k for k in marks if k in rows[0]['accuracy']]:
+            for attack, mark in marks.items():
                 seeds = [100 * row['accuracy'][attack] for row in group.rows]
                 mean[attack] = np.mean(seeds)
-                look = dict(color=group.color, fillstyle='none' if attack == 'pgd20' else 'full')
                 if len(seeds) > 1:
-                    ax.plot(seeds, [i] * len(seeds), marks[attack], markersize=2, **look)
-                ax.plot(mean[attack], i, marks[attack], **look)
+                    ax.plot(seeds, [i] * len(seeds), color=group.color, linestyle='', markersize=2,
+                            **mark)
+                ax.plot(mean[attack], i, color=group.color, linestyle='', **mark)
             ends = mean['worst'], mean['pgd20']
             ax.plot(ends, [i, i], color=group.color, linestyle=group.line)
             ax.annotate(f'{ends[1] - ends[0]:.1f}', (ends[0], i), (4, 3), fontsize=6,
                         textcoords='offset points')
-        for attack in mean:
-            ax.plot([], [], marks[attack], color='0.2', label=WRITTEN[attack],
-                    fillstyle='none' if attack == 'pgd20' else 'full')
+        for attack, mark in marks.items():
+            ax.plot([], [], color='0.2', label=WRITTEN[attack], linestyle='', **mark)
         ax.set_yticks(range(len(groups)), [group.title for group in groups])
         ax.set(xlabel='robust accuracy (%)', ylim=(len(groups) - 0.5, -0.7))
 
@@ -516,17 +482,14 @@ def plot_tsne(path, args, rows, groups):
     images, labels = rows[0]['images'], rows[0]['labels']
     index = torch.cat([(labels == k).nonzero()[:500, 0] for k in (0, 1)])  # t-SNE is slow
     y = labels[index].cpu().numpy()
-    with figure(path, len(groups), min(2, len(groups))) as axes:
+    with figure(path, len(groups)) as axes:
         for ax, group in zip(axes, groups):
             model, inputs = group.rows[0]['network'], []
-            linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-            if not linear:
-                ax.set(title=f'{group.title}: no linear layer')
-                continue
+            last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
             for batch in index.split(args.batch_size):
                 x_adv = run_attack('pgd20', model, to_input(model, images[batch]), labels[batch],
                                    args.epsilon, args.seed)
-                with linear[-1].register_forward_pre_hook(
+                with last.register_forward_pre_hook(
                         lambda _, given: inputs.append(given[0].flatten(1).cpu().numpy())):
                     predict(model, x_adv)
             tsne = TSNE(perplexity=min(30, (len(y) - 1) / 3), init='pca', random_state=args.seed)
@@ -555,13 +518,11 @@ def parse_args(argv=None):
     add('--data-dir', default='./data', help='folder of the data sets (default: %(default)s)')
     add('--split', choices=['test', 'train'], default='test', help='images (default: test)')
     add('--n-examples', type=int, metavar='N', help='only the first N images (default: all)')
-    add('--attacks', nargs='+', choices=['clean', *STEPS, 'autoattack', *AUTOATTACK], metavar='A',
-        default=list(STEPS), help=f'from the list above (default: {" ".join(STEPS)})')
+    add('--attacks', nargs='+', choices=['clean', *PGD, 'autoattack', *AUTOATTACK], metavar='A',
+        default=list(PGD), help=f'from the list above (default: {" ".join(PGD)})')
     add('--epsilon', type=data.pixels, help='L-infinity radius (default: ' + ', '.join(
         f"{name} {data.pixels_text(p['epsilon'])}" for name, p in data.PROTOCOLS.items()) + ')')
     add('--aa-epsilon', type=data.pixels, help='radius of AutoAttack (default: --epsilon)')
-    add('--restarts', type=int, default=1, help='random starts of PGD and LS (default: 1)')
-    add('--ls-scale', type=float, default=10.0, help='factor of the logits in LS (default: 10)')
     add('--batch-size', type=int, default=250, help='images per batch (default: 250)')
     add('--seed', type=int, default=1, help='seed of the attacks (default: 1)')
     add('--no-cuda', action='store_true', help='evaluate on the CPU')
@@ -582,10 +543,8 @@ def parse_args(argv=None):
                       .removesuffix('/best') for p in args.model_path]
     if not 0 < len(set(args.names)) == len(args.names) == len(args.model_path):
         parser.error(f'give {len(args.model_path)} different --names, one for each model')
-    if (min(args.restarts, args.batch_size) < 1 or args.seed < 0
-            or not 0 < args.ls_scale < math.inf):
-        parser.error('--restarts and --batch-size must be at least 1, --ls-scale above 0 and '
-                     '--seed at least 0')
+    if args.batch_size < 1 or args.seed < 0:
+        parser.error('--batch-size must be at least 1 and --seed at least 0')
     args.attacks += ['pgd20'] if args.figures and 'pgd20' not in args.attacks else []
     return parser, args
 
@@ -630,14 +589,12 @@ def prepare(args, device):
                          '--arch preactresnet18-raw')
         rows.append(dict(
             model=name, path=path, about=saved, network=model, images=images, labels=labels,
-            n=len(labels), weights=weights, fingerprint=fingerprint, data=checksum,
-            warnings=texts))
+            n=len(labels), weights=weights, warnings=texts,
+            identity=[args.versions, weights, fingerprint, checksum]))
     return rows
 
 
 def main(argv=None):
-    sys.stdout = sys.stdout or open(os.devnull, 'w')  # None if closed, as by >&-
-    sys.stderr = sys.stderr or open(os.devnull, 'w')
     parser, args = parse_args(argv)
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     cuda = torch.cuda.is_available() and not args.no_cuda
