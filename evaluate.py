@@ -287,11 +287,12 @@ def inspect_model(model, x, y, num_classes):
     logger = SimpleNamespace(warning=lambda text: texts.append(text.split(' See flags')[0]))
     with frozen(model, x.device):
         logits = model(x.requires_grad_())
-        if logits.shape != (len(x), num_classes) or not logits.isfinite().all():
-            raise ValueError(f'its output must be {len(x), num_classes} and finite, not '
-                             f'{tuple(logits.shape)}')
+        for out, n in ((logits, len(x)), (model(x[:1]), 1)):
+            if out.shape != (n, num_classes) or not out.isfinite().all():
+                raise ValueError(f'its output must be {n, num_classes} and finite, not '
+                                 f'{tuple(out.shape)}')
         grad, = torch.autograd.grad(F.cross_entropy(logits, y, reduction='sum'), x)
-        checks.check_zero_gradients(grad.flatten(1), logger=logger)
+        checks.check_zero_gradients(grad.nan_to_num().flatten(1), logger=logger)
         checks.check_randomized(model, x, y, logger=logger)
         checks.check_range_output(model, x, logger=logger)  # the fourth check disables debuggers
     numbers = torch.cat([logits[:16].flatten(), grad[:16].abs().sum((1, 2, 3))]).tolist()
@@ -614,10 +615,10 @@ def main(argv=None):
         rows = prepare(args, device)
         if rank == 0 and world_size > 1:
             dist.barrier()
+        for row in rows:
+            evaluate_row(args, row, rank)
     except (OSError, ValueError, RuntimeError) as error:
         parser.error(error)
-    for row in rows:
-        evaluate_row(args, row, rank)
     if rank > 0:
         return
     outputs = {'the table': print_tables, args.json: write_json, args.save_outcomes: write_outcomes}

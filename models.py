@@ -343,9 +343,9 @@ def check_network(model, x, num_classes):
             logits = getattr(copy.deepcopy(model), mode)()(x.requires_grad_())
             if logits.shape != (len(x), num_classes):
                 raise ValueError(f'it returns {tuple(logits.shape)}, not {(len(x), num_classes)}')
-            grad, = torch.autograd.grad(logits.sum(), x)
-            if not grad.isfinite().all():
-                raise ValueError('the gradient of its input is not finite')
+            grad, = torch.autograd.grad(logits.sum(), x, allow_unused=True)
+            if grad is None or not grad.isfinite().all():
+                raise ValueError('its input receives no finite gradient')
             load_weights(copy.deepcopy(model), model.state_dict(), 'it')  # as a resumed run does
         except Exception as error:  # the user's code may raise anything
             raise ValueError(f'the network cannot be trained on a batch {tuple(x.shape)}: '

@@ -85,6 +85,22 @@ norm = lambda num_classes: nn.Sequential(
     nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, num_classes))
 eleven, colored, empty, number = lambda: Net(11), lambda: nn.Conv2d(3, 5, 8), nn.Flatten, lambda: 5
 raises = lambda: 1 / 0
+class Stateful(nn.Sequential):
+    def get_extra_state(self):
+        return 5
+    def set_extra_state(self, state):
+        pass
+state = lambda num_classes: Stateful(plain(num_classes))
+def buffer(num_classes, value=torch.ones(1).expand(3)):
+    network = plain(num_classes)
+    network.register_buffer('extra', value)
+    return network
+nan = lambda num_classes: buffer(num_classes, torch.tensor(float('nan')))
+class Root(nn.Sequential):
+    def forward(self, x):  # 0 on images, but its gradient is not a number
+        penalty = (x - x.clamp(0, 1)).flatten(1).pow(2).sum(1, keepdim=True).sqrt()
+        return super().forward(x) - penalty
+root = lambda num_classes: Root(plain(num_classes))
 """
 
 
@@ -438,6 +454,10 @@ def test_a_run_that_cannot_be_continued_is_refused_by_name(runs):
     assert '--model-dir' in refused('at', resume, '--model-dir other')
     assert '--init-from' in refused('at', resume, '--init-from run')
     assert '/last.pt' in refused('at', '--resume=')
+    for name in ('config.json', 'last.pt'):  # best.pt alone is a run as well
+        os.rename(f'run/{name}', name)
+    assert 'contains a run' in refused('at', NET)
+    os.rename('last.pt', 'run/last.pt')
     assert 'train_mart.py' in refused('mart', resume)
     assert 'nowhere' in refused('at', '--resume nowhere')
     for name, flag in (('at', '--resume'), ('evaluate', '--model-path')):
@@ -535,7 +555,8 @@ MISTAKES = [('at', *case) for case in [
         (f'--epsilon {value}', '8/255') for value in ('8', '8/0', '0', 'nan')],
     ('--epsilon x', 'pixels'), ('--step-size -1', '-1'), ('--momentum -1', 'momentum'),
     ('--wd -1', 'weight'),
-    ('--ema 1', 'ema'), ('--awp-gamma -1', 'awp-gamma'), ('--lr-milestones -1', 'milestones'), ('--compile fast', 'fast'),
+    ('--ema 1', 'ema'), ('--awp-gamma -1', 'awp-gamma'), ('--lr-milestones -1', 'milestones'),
+    ('--compile fast', 'fast'), ('--awp-gamma 0.01', '--awp-warmup'),
     ('--lr-milestones 5 3', 'increasing'), ('--lr-milestones 5 5', 'increasing'),
     ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
     ('--train-size 53', '52'), ('--test-size 21', '20'),
@@ -545,9 +566,11 @@ MISTAKES = [('at', *case) for case in [
     ('--model-dir /dev/null/run', '/dev/null'), ('--arch smallcnn', '8, 8'),
     ('--arch none.py:Net', 'none.py'), ('--arch net.py:Nope', 'Nope'),
     ('--arch net.py:raises', 'division by zero'), ('--arch net.py:eleven', '11'),
-    ('--arch net.py:colored', '(2, 1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
+    ('--arch net.py:colored', '(3, 1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
     ('--arch net.py:tuple', 'train mode'), ('--arch net.py:detach', 'gradient'),
-    ('--arch net.py:change', 'in-place'), ('--arch net.py:empty', 'weights'),
+    ('--arch net.py:change', 'in-place'), ('--arch net.py:root', 'finite gradient'),
+    ('--arch net.py:state', 'state_dict'), ('--arch net.py:nan', 'not finite'),
+    ('--arch net.py:buffer', 'extra'), ('--arch net.py:empty', '(3, 64)'),
     ('--arch net.py:norm --batch-size 17', '(1, 1, 8, 8)'),  # the last of 52
     ('--arch net.py:norm --train-size 1', '(1, 1, 8, 8)'), *[
         (f'{flag} {value}', '') for value in ('0', '-1', 'nan', 'many') for flag in (
@@ -983,7 +1006,10 @@ def test_a_checkpoint_can_neither_run_code_nor_change_torch(attack):
 @torch.no_grad()
 def test_a_run_of_this_project_is_loaded_with_its_own_network_and_pixels():
     net, x = models.build_model('preactresnet18-raw').eval(), torch.rand(2, 3, 8, 8)
-    content = dict(algorithm='at', arch='preactresnet18-raw', state_dict=net.state_dict())
+    content = dict(algorithm='AT', arch='PreActResNet', state_dict=net.state_dict())
+    torch.save(content, 'a.pt')  # another project's
+    assert torch.equal(models.load_model('a.pt', 'preactresnet18-raw')(x), net(x))
+    content |= dict(algorithm='at', arch='preactresnet18-raw', args={})
     torch.save(content, 'a.pt')
     for arch in (None, 'preactresnet18', 'net.py:Net'):  # meant for other files of the command
         assert torch.equal(models.load_model('a.pt', arch, 10, CIFAR10)(x), net(x))
@@ -1486,6 +1512,7 @@ def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run)
 @pytest.mark.parametrize('change, before, told', [
     ('torch.softmax(1e4 * logits, 1)', 'x', 'probability distribution'),
     ('logits', 'torch.round(8 * x) / 8', 'zero gradient'),
+    ('logits', 'x + (x - x.clamp(0, 1)).pow(2).sqrt()', 'zero gradient'),  # or one that is NaN
     ('logits + 0.1 * torch.rand_like(logits)', 'x', 'randomized')])
 def test_attacks_that_cannot_work_give_one_warning_line(change, before, told):
     _, err = command(linear_network(change, before), 'pgd20 ls --json a.json')

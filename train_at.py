@@ -337,8 +337,9 @@ def main(argv):
                      torch=str(torch.__version__), command=[sys.argv[0], *argv])
         if saved:
             before, now = saved['args'] | saved, vars(args) | about
-            changed = {k: f'{k} {before[k]} -> {now[k]}' for k in before.keys() & now.keys()
-                       - {'args', 'command', 'resume', 'model_dir'} if before[k] != now[k]}
+            compared = before.keys() & now.keys() - {'args', 'command', 'resume', 'model_dir',
+                                                     'no_cuda'}
+            changed = {k: f'{k} {before[k]} -> {now[k]}' for k in compared if before[k] != now[k]}
             if changed.keys() & {'batch_size', 'images'}:  # the steps done were other batches
                 saved |= dict(step=0, total=0)
             model.load_state_dict(saved['state_dict'])
