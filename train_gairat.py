@@ -197,7 +197,7 @@ def parse_args(argv):
     add('--awp-gamma', type=float, default=0.0, help='adversarial weight perturbation, e.g. 0.005')
     add('--awp-warmup', type=int, default=10, metavar='N', help='initial epochs without AWP')
     add('--ema', type=float, metavar='DECAY', help='average the weights, e.g. 0.995, for best.pt')
-    add('--amp', action=argparse.BooleanOptionalAction, help='bfloat16 (default: if the GPU has it)')
+    add('--amp', action=argparse.BooleanOptionalAction, help='bfloat16 (default: if the GPU can)')
     add('--compile', nargs='?', const='default', metavar='MODE', help='compile the network')
     add('--seed', type=int, default=1, help='seed of all random numbers')
     add('--model-dir', metavar='DIR', help='where to save (default: runs/, named after the flags)')
