@@ -1521,6 +1521,10 @@ def test_attacks_that_cannot_work_give_one_warning_line(change, before, told):
                json.loads(Path('a.json').read_text())['models'][0]['warnings'])
 
 
+def test_a_network_that_cannot_take_a_single_image_is_refused():
+    assert '(1, 5)' in refused('evaluate', linear_network('logits.squeeze(0)'), 'clean')
+
+
 def test_low_clean_accuracy_of_a_foreign_checkpoint_gives_a_hint(trained):
     good = trained.state_dict()
     bad = good | {'classifier.fc3.bias': good['classifier.fc3.bias'] + 9 * torch.eye(10)[1]}
