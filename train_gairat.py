@@ -341,9 +341,10 @@ def main(argv):
             models.start_from(model, args.init_from)
         layout = getattr(model, 'memory_format', torch.contiguous_format)
         model = model.to(device, memory_format=layout)
-        last_batch = (len(images) == num_own and num_own % args.batch_size) or args.batch_size
-        trial = images[:min(3, max(1, last_batch // world))]  # no more than the smallest batch
-        models.check_network(model, data.to_float(trial, layout), num_classes)
+        smallest = num_own % args.batch_size if len(images) == num_own else 0
+        smallest = max(1, (smallest or args.batch_size) // world)  # of all batches
+        trial = data.to_float(images[:min(3, smallest)], layout)
+        models.check_network(model, trial, num_classes)
         if world > 1:
             if cuda:  # batch statistics of the whole batch
                 model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
