@@ -65,7 +65,8 @@ def differences(runs):
     """
     rows = []
     for e, m in dict.fromkeys((e, m[3:]) for e, m, _ in runs if m[3:] in COLORS):
-        for name, other in (('control', f'{m}, tau inf'), ('plain', m)):
+        for name, other in (('control', f'{m}, tau inf'), ('plain', m),
+                            ('control, twice the learning rate', f'{m}, tau inf, lr 0.04')):
             common = [s for s in range(1, 100) if {(e, f'EW-{m}', s), (e, other, s)} <= runs.keys()]
             learned = [s for s in common if runs[e, f'EW-{m}', s]['accuracy'] > 15]  # 10 is chance
             for seeds in [common] if learned == common else [common, learned]:
