@@ -101,6 +101,13 @@ class Root(nn.Sequential):
         penalty = (x - x.clamp(0, 1)).flatten(1).pow(2).sum(1, keepdim=True).sqrt()
         return super().forward(x) - penalty
 root = lambda num_classes: Root(plain(num_classes))
+class Half(nn.Linear):  # uniform at first
+    def forward(self, x):
+        return super().forward(x.flatten(1)).bfloat16()
+def half(num_classes):
+    network = Half(64, num_classes)
+    nn.init.zeros_(network.weight), nn.init.zeros_(network.bias)
+    return network
 """
 
 
@@ -446,6 +453,11 @@ def test_with_another_batch_size_a_resumed_run_begins_its_epoch_again():
     assert '0 epochs and 0 steps are done' in out and 'batch_size 1 -> 4' in out
     loss, = {round(last_of(name)['log'][0]['loss'], 5) for name in ('run', 'whole')}
     assert len(steps) == 13 and loss > 1
+
+
+def test_the_logged_entropy_of_a_half_precision_network_is_exact():
+    train('at', OWN, '--arch net.py:half --lr 1e-6')
+    assert last_of()['log'][-1]['entropy'] == pytest.approx(math.log(5), abs=1e-5)
 
 
 def test_a_run_that_cannot_be_continued_is_refused_by_name(runs):
