@@ -172,8 +172,8 @@ def split_validation(images, labels, size):
 
 
 def load_run(args):
-    """Images and labels to train on, the data set's first; their number without extra ones;
-    (images, labels) held out, for tests or by --val-size; and the number of classes."""
+    """Training images and labels, of which the first N are the data set's and any others extra; N;
+    the (images, labels) held out (test images or, with --val-size, training images); classes."""
     num_classes = len(class_names(args.dataset, args.data_dir))
     images, labels = load_data(args.dataset, args.data_dir, True, args.train_size)
     held_out = load_data(args.dataset, args.data_dir, False, args.test_size)
@@ -181,6 +181,8 @@ def load_run(args):
         (images, labels), held_out = split_validation(images, labels, args.val_size)
     num_own = len(images)
     if args.extra_data:
+        if args.batch_size < 2:
+            raise ValueError('--extra-data needs a --batch-size of at least 2')
         more_images, more_labels = load_npz(args.extra_data, 'image', 'label')
         if more_images.shape[1:] != images.shape[1:] or more_labels.max() >= num_classes:
             raise ValueError(f'{args.extra_data} and {args.dataset} differ in shape or classes')

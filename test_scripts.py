@@ -573,6 +573,7 @@ MISTAKES = [('at', *case) for case in [
     ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
     ('--train-size 53', '52'), ('--test-size 21', '20'),
     ('--val-size 12', 'multiple'), ('--val-size 50', '50'), ('--val-size -5', 'val-size'),
+    ('--extra-data extra.npz --batch-size 1', 'at least 2'),
     ('--extra-data none.npz', 'none.npz'), ('--init-from none.pt', 'none.pt'),
     ('--dataset none.npz', 'none.npz'), ('--dataset mnist --data-dir net.py', 'net.py'),
     ('--model-dir /dev/null/run', '/dev/null'), ('--arch smallcnn', '8, 8'),
