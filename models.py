@@ -11,6 +11,7 @@ import copy
 import fcntl
 import importlib.util
 import inspect
+import math
 import os
 import pickle
 import re
@@ -33,11 +34,6 @@ NORMALIZATIONS = {'cifar10': ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 # ---------------------------------------------------------------- networks
 
-class Network(nn.Module):
-    """The networks of this file: their convolutions are fastest on channels-last images."""
-    memory_format = torch.channels_last
-
-
 def conv3x3(in_planes, planes, stride=1):
     return nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
 
@@ -46,15 +42,18 @@ def conv1x1(in_planes, planes, stride=1):
     return nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
 
+def projection(in_planes, planes, stride):
+    if stride == 1 and in_planes == planes:
+        return nn.Sequential()
+    return nn.Sequential(conv1x1(in_planes, planes, stride), nn.BatchNorm2d(planes))
+
+
 class BasicBlock(nn.Module):
     def __init__(self, in_planes, planes, stride):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(in_planes, planes, stride), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv3x3(planes, planes), nn.BatchNorm2d(planes)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(conv1x1(in_planes, planes, stride),
-                                          nn.BatchNorm2d(planes))
+        self.shortcut = projection(in_planes, planes, stride)
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -68,10 +67,7 @@ class Bottleneck(nn.Module):
         self.conv1, self.conv2 = conv1x1(in_planes, inner), conv3x3(inner, inner, stride)
         self.conv3, self.bn1 = conv1x1(inner, planes), nn.BatchNorm2d(inner)
         self.bn2, self.bn3 = nn.BatchNorm2d(inner), nn.BatchNorm2d(planes)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(conv1x1(in_planes, planes, stride),
-                                          nn.BatchNorm2d(planes))
+        self.shortcut = projection(in_planes, planes, stride)
 
     def forward(self, x):
         out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
@@ -114,7 +110,7 @@ def stack(block, in_planes, planes, num_blocks, stride, **options):
                          *(block(planes, planes, 1, **options) for _ in range(num_blocks - 1)))
 
 
-class ResNet(Network):
+class ResNet(nn.Module):
     """ResNet-18, -34 and -50 for small images."""
 
     def __init__(self, depth=18, num_classes=10, in_channels=3):
@@ -133,7 +129,7 @@ class ResNet(Network):
         return self.linear(self.layer4(self.layer3(self.layer2(self.layer1(out)))).mean((2, 3)))
 
 
-class PreActResNet18(Network):
+class PreActResNet18(nn.Module):
     """final_bn=False leaves out the last batch normalization and ReLU, as some repositories do."""
 
     def __init__(self, num_classes=10, in_channels=3, final_bn=True, raw=False):
@@ -152,7 +148,7 @@ class PreActResNet18(Network):
         return self.linear(out.mean((2, 3)))
 
 
-class WideResNet(Network):
+class WideResNet(nn.Module):
     def __init__(self, depth=34, widen_factor=10, num_classes=10, in_channels=3):
         super().__init__()
         n, planes = (depth - 4) // 6, [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
@@ -211,49 +207,42 @@ class PreActSwishBlock(nn.Module):
         return self.conv_2d_2(F.silu(self.batchnorm_1(out))) + self.shortcut(x)
 
 
-class SwishNetwork(Network):
-    """DeepMind's networks (Gowal et al., 2020), with SiLU and built-in CIFAR normalization."""
+class WideResNetSwish(nn.Module):
+    """DeepMind's WideResNet (Gowal et al., 2020), with SiLU."""
 
-    def __init__(self, width, num_classes, in_channels):
-        super().__init__()
-        self.batchnorm, self.logits = nn.BatchNorm2d(width), nn.Linear(width, num_classes)
-        statistics = NORMALIZATIONS['cifar100' if num_classes == 100 else 'cifar10']
-        mean, std = torch.tensor(statistics).view(2, 1, 3, 1, 1) if in_channels == 3 else (0.0, 1.0)
-        self.register_buffer('mean', torch.as_tensor(mean), persistent=False)
-        self.register_buffer('std', torch.as_tensor(std), persistent=False)
-
-    def forward(self, x):
-        out = self.convolutions((x - self.mean) / self.std)
-        return self.logits(F.silu(self.batchnorm(out)).mean((2, 3)))
-
-
-class WideResNetSwish(SwishNetwork):
     def __init__(self, depth=28, widen_factor=10, num_classes=10, in_channels=3):
+        super().__init__()
         n, planes = (depth - 4) // 6, [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        super().__init__(planes[3], num_classes, in_channels)
+        self.batchnorm, self.logits = nn.BatchNorm2d(planes[3]), nn.Linear(planes[3], num_classes)
         self.init_conv, self.layer = conv3x3(in_channels, 16), nn.Sequential()
         for i in (1, 2, 3):
             group = nn.Sequential()  # official names have one more level: layer.0.block.0.conv_0
             group.block = stack(SwishBlock, planes[i - 1], planes[i], n, 1 if i == 1 else 2)
             self.layer.append(group)
 
-    def convolutions(self, x):
-        return self.layer(self.init_conv(x))
+    def forward(self, x):
+        out = self.layer(self.init_conv(x))
+        return self.logits(F.silu(self.batchnorm(out)).mean((2, 3)))
 
 
-class PreActResNet18Swish(SwishNetwork):
+class PreActResNet18Swish(nn.Module):
+    """DeepMind's PreActResNet-18, with SiLU."""
+
     def __init__(self, num_classes=10, in_channels=3):
-        super().__init__(512, num_classes, in_channels)
+        super().__init__()
+        self.batchnorm, self.logits = nn.BatchNorm2d(512), nn.Linear(512, num_classes)
         self.conv_2d = conv3x3(in_channels, 64)
-        for i, (width, planes) in enumerate([(64, 64), (64, 128), (128, 256), (256, 512)]):
-            layer = stack(PreActSwishBlock, width, planes, 2, 1 if i == 0 else 2)
-            self.add_module(f'layer_{i}', layer)
+        self.layer_0 = stack(PreActSwishBlock, 64, 64, 2, 1)
+        self.layer_1 = stack(PreActSwishBlock, 64, 128, 2, 2)
+        self.layer_2 = stack(PreActSwishBlock, 128, 256, 2, 2)
+        self.layer_3 = stack(PreActSwishBlock, 256, 512, 2, 2)
 
-    def convolutions(self, x):
-        return self.layer_3(self.layer_2(self.layer_1(self.layer_0(self.conv_2d(x)))))
+    def forward(self, x):
+        out = self.layer_3(self.layer_2(self.layer_1(self.layer_0(self.conv_2d(x)))))
+        return self.logits(F.silu(self.batchnorm(out)).mean((2, 3)))
 
 
-class SmallCNN(Network):
+class SmallCNN(nn.Module):
     """TRADES' MNIST network, for 28 x 28 images.
 
     The initialization matters: with PyTorch's default, training stays at chance for a long time.
@@ -280,23 +269,18 @@ class SmallCNN(Network):
         return self.classifier(self.feature_extractor(x).flatten(1))
 
 
-class Normalized(nn.Module):
-    """network((x - mean) / std), for a network that was trained on normalized images."""
+def normalize_input(model, mean, std):
+    """From now on, the network takes (x - mean) / std in place of x; returns it.
 
-    def __init__(self, network, mean, std):
-        super().__init__()
-        values = torch.tensor([*mean, *std])
-        if {len(mean), len(std)} - {1, 3} or not values.isfinite().all() or min(std) <= 0:
-            raise ValueError(f'images cannot be normalized by mean {mean} and std {std}')
-        self.network = network
-        self.memory_format = getattr(network, 'memory_format', torch.contiguous_format)
-        if isinstance(network, SwishNetwork):  # which has one of its own
-            network.mean.zero_(), network.std.fill_(1)
-        self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1))
-
-    def forward(self, x):
-        return self.network((x - self.mean) / self.std)
+    mean, std: one value or one for each channel. Raises ValueError unless std is above 0.
+    """
+    if {len(mean), len(std)} - {1, 3} or min(std) <= 0 or not all(map(math.isfinite, [*mean, *std])):
+        raise ValueError(f'images cannot be normalized by mean {mean} and std {std}')
+    if not hasattr(model, 'input_mean'):
+        model.register_forward_pre_hook(lambda m, x: (x[0] - m.input_mean) / m.input_std)
+    for name, values in (('input_mean', mean), ('input_std', std)):
+        model.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+    return model
 
 
 def build_model(arch, num_classes=10, in_channels=3, final_bn=True):
@@ -305,17 +289,22 @@ def build_model(arch, num_classes=10, in_channels=3, final_bn=True):
     if ':' in arch:
         return own_network(arch, num_classes)
     if arch in ('preactresnet18', 'preactresnet18-raw'):
-        return PreActResNet18(num_classes, in_channels, final_bn, raw=arch.endswith('raw'))
-    if arch == 'preactresnet18-swish':
-        return PreActResNet18Swish(num_classes, in_channels)
-    if arch in ('resnet18', 'resnet34', 'resnet50'):
-        return ResNet(int(arch[6:]), num_classes, in_channels)
-    if arch == 'smallcnn':
-        return SmallCNN(num_classes, in_channels)
-    if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4:
+        model = PreActResNet18(num_classes, in_channels, final_bn, raw=arch.endswith('raw'))
+    elif arch == 'preactresnet18-swish':
+        model = PreActResNet18Swish(num_classes, in_channels)
+    elif arch in ('resnet18', 'resnet34', 'resnet50'):
+        model = ResNet(int(arch[6:]), num_classes, in_channels)
+    elif arch == 'smallcnn':
+        model = SmallCNN(num_classes, in_channels)
+    elif wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4:
         kind = WideResNetSwish if wide[3] else WideResNet
-        return kind(int(wide[1]), int(wide[2]), num_classes, in_channels)
-    raise ValueError(f"unknown --arch '{arch}'; supported: {ARCHS}")
+        model = kind(int(wide[1]), int(wide[2]), num_classes, in_channels)
+    else:
+        raise ValueError(f"unknown --arch '{arch}'; supported: {ARCHS}")
+    if arch.endswith('swish') and in_channels == 3:  # as in the original code
+        normalize_input(model, *NORMALIZATIONS['cifar100' if num_classes == 100 else 'cifar10'])
+    model.memory_format = torch.channels_last  # in which their convolutions are fastest
+    return model
 
 
 def own_network(arch, num_classes):
@@ -346,7 +335,7 @@ def check_network(model, x, num_classes):
             grad, = torch.autograd.grad(logits.sum(), x, allow_unused=True)
             if grad is None or not grad.isfinite().all():
                 raise ValueError('its input receives no finite gradient')
-            load_weights(copy.deepcopy(model), model.state_dict(), 'it')  # as a resumed run does
+            load_weights(copy.deepcopy(model), model.state_dict())  # as a resumed run does
         except Exception as error:  # the user's code may raise anything
             raise ValueError(f'the network cannot be trained on a batch {tuple(x.shape)}: '
                              f'{" ".join(str(error).split())} ({mode} mode)') from error
@@ -502,26 +491,23 @@ def infer_arch(state):
     return arch, head[0][0], first[0][1], 'bn.weight' in state
 
 
-def load_weights(model, content, name):
-    """Load the weights in a checkpoint's content into a network; ValueError unless they fit it.
-
-    Returns the (mean, std) beside them, or None.
-    """
+def load_weights(model, content):
+    """Load the weights in a checkpoint's content into a network; returns the (mean, std) beside
+    them, or None. Raises ValueError or RuntimeError unless they are finite and fit the network."""
     state, normalization = find_state_dict(content, model.state_dict())
     if any(v.isnan().any() for v in state.values()):  # a mask may hold -inf
         raise ValueError('the weights are not finite: the training diverged')
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise ValueError(f'the weights do not fit {name}: {reason}') from None
+    model.load_state_dict(state)
     return normalization
 
 
 def start_from(model, path):
-    """Load the weights of a checkpoint into a new network; ValueError with one line."""
-    normalization = load_weights(model, load(path), 'the network')
-    if normalization and not hasattr(model, 'mean'):
+    """Load the weights of a checkpoint into a new network; ValueError unless they fit it."""
+    try:
+        normalization = load_weights(model, load(path))
+    except RuntimeError as error:
+        raise ValueError(f'{path}: {error}') from None
+    if normalization and not hasattr(model, 'input_mean'):
         raise ValueError(f'{path} holds a normalization of the images, which would be lost')
 
 
@@ -540,10 +526,8 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
             normalize = None
             if ':' not in own:
                 arch = own
-            elif not arch:
-                raise ValueError(f'names code to run; if you trust it: --arch {own}')
-            elif arch.split(':')[-1] != own.split(':')[-1]:
-                raise ValueError(f'was trained with --arch {own}')
+            elif own.split(':')[-1] != (arch or '').split(':')[-1]:
+                raise ValueError(f'was trained with --arch {own}: give it if you trust that code')
         if arch and ':' in arch:
             model = build_model(arch, num_classes or content.get('num_classes', 10))
         else:
@@ -551,11 +535,11 @@ def load_model(path, arch=None, num_classes=None, normalize=None):
             if num_classes not in (None, classes):
                 raise ValueError(f'has {classes} classes, not {num_classes}')
             model = build_model(arch or found, classes, *options)
-        normalize = load_weights(model, content, arch or found) or normalize
+        normalize = load_weights(model, content) or normalize
         if normalize:
-            model = Normalized(model, *normalize)
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
+            normalize_input(model, *normalize)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f'{path}: {" ".join(str(error).split())[:400]}') from None
     return model.eval()
 
 

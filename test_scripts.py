@@ -693,7 +693,7 @@ def test_a_run_starts_from_the_weights_of_a_file_or_of_another_run(start, runs):
     os.remove('bare.pt')
     train('trades', '--resume run --epochs 3 --arch net.py:Net')  # does not need the file
     torch.save(models.build_model('net.py:eleven').state_dict(), 'w.pt')
-    assert 'not fit' in refused('at', NET, '--model-dir new --init-from w.pt')
+    assert 'w.pt: Error' in refused('at', NET, '--model-dir new --init-from w.pt')
 
 
 def test_directory_names_contain_each_flag_that_changes_the_result():
@@ -1067,7 +1067,7 @@ def test_a_flipped_bit_is_detected(network):
     ({'more': torch.ones(1)}, None, 'Unexpected.*: "more"'),
     ({'bn1.bias': torch.zeros(3)}, None, r'mismatch for bn1.bias.*\[3\].*\[64\]'),
     ({'bn1.bias': torch.full((64,), math.nan)}, None, 'not finite'),
-    ({}, 'resnet18', 'resnet18: .*Missing'), ({}, 'vgg', "unknown .*'vgg'")])
+    ({}, 'resnet18', 'ResNet: Missing'), ({}, 'vgg', "unknown .*'vgg'")])
 def test_weights_that_do_not_fit_are_named(change, arch, told, network):
     state = network.state_dict() | change
     torch.save({k: v for k, v in state.items() if v is not None}, 'a.pt')
