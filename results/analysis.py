@@ -33,12 +33,11 @@ def load():
         file, doses = dict(np.load(path.with_suffix('.npz'))), path.parent / 'doses.json'
         doses = json.loads(doses.read_text()) if doses.exists() else {}  # with each run's own tau
         for i, row in enumerate(json.loads(path.read_text())['models']):
-            seed = re.search(r'seed(\d+)', row['model'] + path.stem)
-            key = path.parent.name, row['model'].split('-seed')[0], int(seed[1])
-            run = runs.setdefault(key, {})
+            name, seed = row['model'], re.search(r'seed(\d+)', row['model'] + path.stem)[1]
+            run = runs.setdefault((path.parent.name, name.split('-seed')[0], int(seed)), {})
             run['accuracy'] = 100 * row['accuracy']['worst']
-            report = {} if 'tau' in row['model'] else row['report']  # which is for tau = 1
-            run['dose'] = doses.get('{1}-seed{2}'.format(*key), report.get('sd_of_w', np.nan))
+            dose = 0.0 if 'tau inf' in name else row['report'].get('sd_of_w', np.nan)
+            run['dose'] = doses.get(f'{name.split("-seed")[0]}-seed{seed}', dose)
             for measure in file.keys() & {'correct', 'entropy', 'margin', 'p_wrong', 'kappa'}:
                 run |= {(column, measure): file[measure][i, j].astype(float)
                         for j, column in enumerate(file['columns'])}
@@ -67,19 +66,15 @@ def differences(runs):
     for e, m in dict.fromkeys((e, m[3:]) for e, m, _ in runs if m[3:] in COLORS):
         for name, other in (('control', f'{m}, tau inf'), ('plain', m),
                             ('control, twice the learning rate', f'{m}, tau inf, lr 0.04')):
-            common = [s for s in range(1, 100) if {(e, f'EW-{m}', s), (e, other, s)} <= runs.keys()]
-            learned = [s for s in common if runs[e, f'EW-{m}', s]['accuracy'] > 15]  # 10 is chance
-            for seeds in [common] if learned == common else [common, learned]:
-                if not seeds:
-                    continue
-                ours = [runs[e, f'EW-{m}', s] for s in seeds]
-                theirs = [runs[e, other, s] for s in seeds]
-                mean, half = interval([a['accuracy'] - b['accuracy'] for a, b in zip(ours, theirs)])
-                paired = [1.0 * a['worst'] - b['worst'] for a, b in zip(ours, theirs)]
-                se = 100 * stats.sem(np.mean(paired, axis=0))
-                dose = np.mean([a['dose'] for a in ours])
-                label = name + ', without collapse' * (seeds != common)
-                rows.append((e, m, label, dose, mean, half, se, len(seeds)))
+            pairs = [(run, runs[e, other, seed]) for (*key, seed), run in runs.items()
+                     if key == [e, f'EW-{m}'] and (e, other, seed) in runs]
+            learned = [pair for pair in pairs if pair[0]['accuracy'] > 15]  # 10 is chance
+            for chosen, suffix in ((pairs, ''), (learned, ', without collapse')):
+                if chosen and (chosen is pairs or len(learned) < len(pairs)):
+                    change = interval([ew['accuracy'] - run['accuracy'] for ew, run in chosen])
+                    paired = np.mean([1.0 * ew['worst'] - run['worst'] for ew, run in chosen], 0)
+                    rows.append((e, m, name + suffix, np.mean([ew['dose'] for ew, _ in chosen]),
+                                 *change, 100 * stats.sem(paired), len(chosen)))
     table('EW minus control and EW minus plain, points of accuracy in the worst case',
           ['experiment', 'method', 'EW minus', 'dose', 'difference', '± 95 % over seeds',
            'standard error over images', 'seeds'],
@@ -100,28 +95,24 @@ def differences(runs):
 
 
 def dose_response(runs):
-    """The slope of the worst case against the dose, for each complete seed of EW-AT on CIFAR-10.
+    """The slope of the worst case against the dose, for five seeds of EW-AT on CIFAR-10.
 
-    A seed's runs must be from one type of CPU; seeds 1 and 2 of the other tables are from others.
+    A seed's runs are from one type of CPU: tau = 1 and inf of seeds 1 and 2 were trained again.
     """
-    runs, names = dict(runs), [f'EW-AT, tau {tau}' for tau in ('0.1', '0.25', '0.5', '1', 'inf')]
-    for seed in (3, 4, 5):
-        runs['cifar10', names[3], seed] = runs['cifar10', 'EW-AT', seed]
-        runs['cifar10', names[4], seed] = runs['cifar10', 'AT, tau inf', seed] | {'dose': 0.0}
-    blocks = {seed: [runs.get(('cifar10', name, seed)) for name in names] for seed in range(1, 6)}
-    points = {seed: [(run['dose'], run['accuracy']) for run in block]
-              for seed, block in blocks.items() if all(block)}
-    slopes = {seed: np.polyfit(*zip(*p), 1)[0] for seed, p in points.items()}
-    mean, half = interval([*slopes.values()])
-    table(f'Dose and response, EW-AT on CIFAR-10: slope {mean:+.2f} ± {half:.2f} per unit of dose',
-          ['seed', *(f'{name[7:]}: dose, worst case' for name in names), 'slope'],
-          [(seed, *(f'{dose:.2f}, {accuracy:.2f}' for dose, accuracy in p), f'{slopes[seed]:+.2f}')
-           for seed, p in points.items()])
+    taus = {'0.1': '', '0.25': '', '0.5': '', '1': 'EW-AT', 'inf': 'AT, tau inf'}
+    slopes, rows = [], []
     fig, ax = plt.subplots(figsize=(3.5, 2.5), layout='constrained')
-    for marker, (seed, p) in zip('os^Dv', points.items()):
-        gains = [(dose, accuracy - p[-1][1]) for dose, accuracy in p]  # p[-1] is the control
-        ax.plot(*zip(*gains), marker=marker, markersize=3.5, linewidth=0.8, color=COLORS['AT'],
-                fillstyle='none', label=f'seed {seed}')
+    for marker, seed in zip('os^Dv', range(1, 6)):
+        block = [runs.get(('cifar10', f'EW-AT, tau {tau}', seed)) or runs['cifar10', other, seed]
+                 for tau, other in taus.items()]
+        doses, accuracies = np.array([(run['dose'], run['accuracy']) for run in block]).T
+        slopes.append(np.polyfit(doses, accuracies, 1)[0])
+        rows.append((seed, *map('{:.2f}, {:.2f}'.format, doses, accuracies), f'{slopes[-1]:+.2f}'))
+        ax.plot(doses, accuracies - accuracies[-1], marker=marker, markersize=3.5, linewidth=0.8,
+                color=COLORS['AT'], fillstyle='none', label=f'seed {seed}')
+    mean, half = interval(slopes)
+    table(f'Dose and response, EW-AT on CIFAR-10: slope {mean:+.2f} ± {half:.2f} per unit of dose',
+          ['seed', *(f'tau {tau}: dose, worst case' for tau in taus), 'slope'], rows)
     ax.axhspan(-PAPER_GAIN, PAPER_GAIN, color='0.9')
     ax.set(xlabel='dose: standard deviation of w', ylabel='worst case minus control (points)',
            ylim=(-1, 1))
@@ -135,27 +126,24 @@ def premise(runs):
     It is computed on the correctly classified examples and on those of them that withstand PGD-20
     (survivors). On the former, the sign of the margin of f(x_adv) tells whether PGD-20 succeeds.
     """
-    rows = []
+    rows, groups = [], ('correctly classified', 'PGD-20 survivors')
     for (experiment, method, seed), run in runs.items():
         if method in COLORS and ('clean', 'entropy') in run and seed == 1:
             correct = run['clean', 'correct'] == 1
-            for among, chosen in (('correctly classified', correct),
-                                  ('PGD-20 survivors', correct & (run['pgd20', 'correct'] == 1))):
-                if len(set(run['worst'][chosen])) < 2:
-                    continue  # an AUC needs both kinds of examples
-                aucs = [roc_auc_score(run['worst'][chosen], sign * run[column, name][chosen])
-                        for column, name, sign in MEASURES.values()]
-                aucs[-1] = np.nan if chosen is correct else aucs[-1]
-                rows.append((experiment, method, among, aucs))
+            for among, chosen in zip(groups, (correct, correct & (run['pgd20', 'correct'] == 1))):
+                if len(set(run['worst'][chosen])) == 2:  # an AUC needs both kinds of examples
+                    aucs = [roc_auc_score(run['worst'][chosen], sign * run[column, name][chosen])
+                            for column, name, sign in MEASURES.values()]
+                    aucs[-1] = np.nan if chosen is correct else aucs[-1]
+                    rows.append((experiment, method, among, aucs))
     table('AUC: how well each measure predicts that an example withstands the worst case',
           ['experiment', 'method', 'among', *MEASURES],
-          [(*names, *(f'{auc:.2f}' for auc in aucs)) for *names, aucs in rows])
+          [(*names, *map('{:.2f}'.format, aucs)) for *names, aucs in rows])
     fig, axes = plt.subplots(1, 2, figsize=(5.5, 2), layout='constrained', sharey=True)
-    for ax, among in zip(axes, ('correctly classified', 'PGD-20 survivors')):
+    for ax, among in zip(axes, groups):
         for _, method, _, aucs in [r for r in rows if (r[0], r[2]) == ('cifar10', among)]:
-            ax.plot(aucs, range(len(aucs)), 'o', fillstyle='none', markersize=4, label=method,
+            ax.plot(aucs, [*MEASURES], 'o', fillstyle='none', markersize=4, label=method,
                     color=COLORS[method])
-        ax.set_yticks(range(len(MEASURES)), MEASURES)
         ax.set(xlabel='AUC', title=f'among {among}', xlim=(0.45, 1), ylim=(5.5, -0.5))
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=4)
     return fig
