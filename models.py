@@ -105,67 +105,60 @@ class WideBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
+def sequential(**layers):
+    """The layers one after the other; their names are part of the names of their weights."""
+    return nn.Sequential(OrderedDict(layers))
+
+
 def stack(block, in_planes, planes, num_blocks, stride, **options):
     return nn.Sequential(block(in_planes, planes, stride, **options),
                          *(block(planes, planes, 1, **options) for _ in range(num_blocks - 1)))
 
 
-class ResNet(nn.Module):
+class SpatialMean(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def resnet(depth, num_classes, in_channels):
     """ResNet-18, -34 and -50 for small images."""
-
-    def __init__(self, depth=18, num_classes=10, in_channels=3):
-        super().__init__()
-        block, e = (Bottleneck, 4) if depth == 50 else (BasicBlock, 1)
-        blocks = (2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3)
-        self.conv1, self.bn1 = conv3x3(in_channels, 64), nn.BatchNorm2d(64)
-        self.layer1 = stack(block, 64, 64 * e, blocks[0], 1)
-        self.layer2 = stack(block, 64 * e, 128 * e, blocks[1], 2)
-        self.layer3 = stack(block, 128 * e, 256 * e, blocks[2], 2)
-        self.layer4 = stack(block, 256 * e, 512 * e, blocks[3], 2)
-        self.linear = nn.Linear(512 * e, num_classes)
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        return self.linear(self.layer4(self.layer3(self.layer2(self.layer1(out)))).mean((2, 3)))
+    block, e = (Bottleneck, 4) if depth == 50 else (BasicBlock, 1)
+    blocks = (2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3)
+    return sequential(
+        conv1=conv3x3(in_channels, 64), bn1=nn.BatchNorm2d(64), relu=nn.ReLU(),
+        layer1=stack(block, 64, 64 * e, blocks[0], 1),
+        layer2=stack(block, 64 * e, 128 * e, blocks[1], 2),
+        layer3=stack(block, 128 * e, 256 * e, blocks[2], 2),
+        layer4=stack(block, 256 * e, 512 * e, blocks[3], 2),
+        mean=SpatialMean(), linear=nn.Linear(512 * e, num_classes))
 
 
-class PreActResNet18(nn.Module):
+def preactresnet18(num_classes, in_channels, final_bn, raw):
     """final_bn=False leaves out the last batch normalization and ReLU, as some repositories do."""
-
-    def __init__(self, num_classes=10, in_channels=3, final_bn=True, raw=False):
-        super().__init__()
-        self.conv1 = conv3x3(in_channels, 64)
-        self.layer1 = stack(PreActBlock, 64, 64, 2, 1, raw=raw)
-        self.layer2 = stack(PreActBlock, 64, 128, 2, 2, raw=raw)
-        self.layer3 = stack(PreActBlock, 128, 256, 2, 2, raw=raw)
-        self.layer4 = stack(PreActBlock, 256, 512, 2, 2, raw=raw)
-        self.bn = nn.BatchNorm2d(512) if final_bn else None
-        self.linear = nn.Linear(512, num_classes)
-
-    def forward(self, x):
-        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        out = out if self.bn is None else F.relu(self.bn(out))
-        return self.linear(out.mean((2, 3)))
+    return sequential(
+        conv1=conv3x3(in_channels, 64),
+        layer1=stack(PreActBlock, 64, 64, 2, 1, raw=raw),
+        layer2=stack(PreActBlock, 64, 128, 2, 2, raw=raw),
+        layer3=stack(PreActBlock, 128, 256, 2, 2, raw=raw),
+        layer4=stack(PreActBlock, 256, 512, 2, 2, raw=raw),
+        **dict(bn=nn.BatchNorm2d(512), relu=nn.ReLU()) if final_bn else {},
+        mean=SpatialMean(), linear=nn.Linear(512, num_classes))
 
 
-class WideResNet(nn.Module):
-    def __init__(self, depth=34, widen_factor=10, num_classes=10, in_channels=3):
-        super().__init__()
-        n, planes = (depth - 4) // 6, [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        self.conv1 = conv3x3(in_channels, 16)
-        for i in (1, 2, 3):
-            block = nn.Module()  # official names have one more level: block1.layer.0.conv1
-            block.layer = stack(WideBlock, planes[i - 1], planes[i], n, 1 if i == 1 else 2)
-            self.add_module(f'block{i}', block)
-        self.bn1, self.fc = nn.BatchNorm2d(planes[3]), nn.Linear(planes[3], num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
-        nn.init.zeros_(self.fc.bias)
-
-    def forward(self, x):
-        out = self.block3.layer(self.block2.layer(self.block1.layer(self.conv1(x))))
-        return self.fc(F.relu(self.bn1(out)).mean((2, 3)))
+def wideresnet(depth, width, num_classes, in_channels):
+    n = (depth - 4) // 6
+    model = sequential(
+        conv1=conv3x3(in_channels, 16),
+        block1=sequential(layer=stack(WideBlock, 16, 16 * width, n, 1)),
+        block2=sequential(layer=stack(WideBlock, 16 * width, 32 * width, n, 2)),
+        block3=sequential(layer=stack(WideBlock, 32 * width, 64 * width, n, 2)),
+        bn1=nn.BatchNorm2d(64 * width), relu=nn.ReLU(), mean=SpatialMean(),
+        fc=nn.Linear(64 * width, num_classes))
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+    nn.init.zeros_(model.fc.bias)
+    return model
 
 
 class TensorFlowConv(nn.Conv2d):
@@ -207,66 +200,53 @@ class PreActSwishBlock(nn.Module):
         return self.conv_2d_2(F.silu(self.batchnorm_1(out))) + self.shortcut(x)
 
 
-class WideResNetSwish(nn.Module):
+def wideresnet_swish(depth, width, num_classes, in_channels):
     """DeepMind's WideResNet (Gowal et al., 2020), with SiLU."""
-
-    def __init__(self, depth=28, widen_factor=10, num_classes=10, in_channels=3):
-        super().__init__()
-        n, planes = (depth - 4) // 6, [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        self.batchnorm, self.logits = nn.BatchNorm2d(planes[3]), nn.Linear(planes[3], num_classes)
-        self.init_conv, self.layer = conv3x3(in_channels, 16), nn.Sequential()
-        for i in (1, 2, 3):
-            group = nn.Sequential()  # official names have one more level: layer.0.block.0.conv_0
-            group.block = stack(SwishBlock, planes[i - 1], planes[i], n, 1 if i == 1 else 2)
-            self.layer.append(group)
-
-    def forward(self, x):
-        out = self.layer(self.init_conv(x))
-        return self.logits(F.silu(self.batchnorm(out)).mean((2, 3)))
+    n = (depth - 4) // 6
+    return sequential(
+        init_conv=conv3x3(in_channels, 16),
+        layer=nn.Sequential(
+            sequential(block=stack(SwishBlock, 16, 16 * width, n, 1)),
+            sequential(block=stack(SwishBlock, 16 * width, 32 * width, n, 2)),
+            sequential(block=stack(SwishBlock, 32 * width, 64 * width, n, 2))),
+        batchnorm=nn.BatchNorm2d(64 * width), silu=nn.SiLU(), mean=SpatialMean(),
+        logits=nn.Linear(64 * width, num_classes))
 
 
-class PreActResNet18Swish(nn.Module):
+def preactresnet18_swish(num_classes, in_channels):
     """DeepMind's PreActResNet-18, with SiLU."""
-
-    def __init__(self, num_classes=10, in_channels=3):
-        super().__init__()
-        self.batchnorm, self.logits = nn.BatchNorm2d(512), nn.Linear(512, num_classes)
-        self.conv_2d = conv3x3(in_channels, 64)
-        self.layer_0 = stack(PreActSwishBlock, 64, 64, 2, 1)
-        self.layer_1 = stack(PreActSwishBlock, 64, 128, 2, 2)
-        self.layer_2 = stack(PreActSwishBlock, 128, 256, 2, 2)
-        self.layer_3 = stack(PreActSwishBlock, 256, 512, 2, 2)
-
-    def forward(self, x):
-        out = self.layer_3(self.layer_2(self.layer_1(self.layer_0(self.conv_2d(x)))))
-        return self.logits(F.silu(self.batchnorm(out)).mean((2, 3)))
+    return sequential(
+        conv_2d=conv3x3(in_channels, 64),
+        layer_0=stack(PreActSwishBlock, 64, 64, 2, 1),
+        layer_1=stack(PreActSwishBlock, 64, 128, 2, 2),
+        layer_2=stack(PreActSwishBlock, 128, 256, 2, 2),
+        layer_3=stack(PreActSwishBlock, 256, 512, 2, 2),
+        batchnorm=nn.BatchNorm2d(512), silu=nn.SiLU(), mean=SpatialMean(),
+        logits=nn.Linear(512, num_classes))
 
 
-class SmallCNN(nn.Module):
+def smallcnn(num_classes, in_channels):
     """TRADES' MNIST network, for 28 x 28 images.
 
     The initialization matters: with PyTorch's default, training stays at chance for a long time.
     """
-
-    def __init__(self, num_classes=10, in_channels=1):
-        super().__init__()
-        self.feature_extractor = nn.Sequential(OrderedDict(
+    model = sequential(
+        feature_extractor=sequential(
             conv1=nn.Conv2d(in_channels, 32, 3), relu1=nn.ReLU(),
             conv2=nn.Conv2d(32, 32, 3), relu2=nn.ReLU(), maxpool1=nn.MaxPool2d(2),
             conv3=nn.Conv2d(32, 64, 3), relu3=nn.ReLU(),
-            conv4=nn.Conv2d(64, 64, 3), relu4=nn.ReLU(), maxpool2=nn.MaxPool2d(2)))
-        self.classifier = nn.Sequential(OrderedDict(
+            conv4=nn.Conv2d(64, 64, 3), relu4=nn.ReLU(), maxpool2=nn.MaxPool2d(2)),
+        flatten=nn.Flatten(),
+        classifier=sequential(
             fc1=nn.Linear(64 * 4 * 4, 200), relu1=nn.ReLU(), drop=nn.Dropout(0.5),
             fc2=nn.Linear(200, 200), relu2=nn.ReLU(), fc3=nn.Linear(200, num_classes)))
-        for m in self.feature_extractor:
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight)
-                nn.init.zeros_(m.bias)
-        nn.init.zeros_(self.classifier.fc3.weight)
-        nn.init.zeros_(self.classifier.fc3.bias)
-
-    def forward(self, x):
-        return self.classifier(self.feature_extractor(x).flatten(1))
+    for m in model.feature_extractor:
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+            nn.init.zeros_(m.bias)
+    nn.init.zeros_(model.classifier.fc3.weight)
+    nn.init.zeros_(model.classifier.fc3.bias)
+    return model
 
 
 def normalize_input(model, mean, std):
@@ -289,16 +269,16 @@ def build_model(arch, num_classes=10, in_channels=3, final_bn=True):
     if ':' in arch:
         return own_network(arch, num_classes)
     if arch in ('preactresnet18', 'preactresnet18-raw'):
-        model = PreActResNet18(num_classes, in_channels, final_bn, raw=arch.endswith('raw'))
+        model = preactresnet18(num_classes, in_channels, final_bn, raw=arch.endswith('raw'))
     elif arch == 'preactresnet18-swish':
-        model = PreActResNet18Swish(num_classes, in_channels)
+        model = preactresnet18_swish(num_classes, in_channels)
     elif arch in ('resnet18', 'resnet34', 'resnet50'):
-        model = ResNet(int(arch[6:]), num_classes, in_channels)
+        model = resnet(int(arch[6:]), num_classes, in_channels)
     elif arch == 'smallcnn':
-        model = SmallCNN(num_classes, in_channels)
+        model = smallcnn(num_classes, in_channels)
     elif wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4:
-        kind = WideResNetSwish if wide[3] else WideResNet
-        model = kind(int(wide[1]), int(wide[2]), num_classes, in_channels)
+        make = wideresnet_swish if wide[3] else wideresnet
+        model = make(int(wide[1]), int(wide[2]), num_classes, in_channels)
     else:
         raise ValueError(f"unknown --arch '{arch}'; supported: {ARCHS}")
     if arch.endswith('swish') and in_channels == 3:  # as in the original code
