@@ -40,7 +40,6 @@ def deterministic():
 
 
 # ---------------------------------------------------------------- references
-
 def probabilities(row):
     e = [math.exp(v - max(row)) for v in row]
     return [v / sum(e) for v in e]
@@ -81,13 +80,6 @@ def reference_losses(name, z, z_adv, y, w, kappa=None, beta=None, psi=None):
     return np.array(losses)
 
 
-def objective(name, model, x, x_adv, y):
-    """What the attack maximizes, for one example as a batch of one."""
-    log_q = model(x_adv).log_softmax(1)[0]
-    log_p = model(x).detach().log_softmax(1)[0]
-    return (log_p.exp() * (log_p - log_q)).sum() if name == 'trades' else -log_q[y]
-
-
 def reference_attack(name, model, x, start, y, steps=STEPS):
     """Eq. 4 and 6, one example at a time: x_adv, and kappa, the iterates correct before a step."""
     model = copy.deepcopy(model).eval()
@@ -96,8 +88,10 @@ def reference_attack(name, model, x, start, y, steps=STEPS):
         clean, x_adv, correct = x[i:i + 1], start[i:i + 1], 0
         for _ in range(steps):
             x_adv = x_adv.detach().clone().requires_grad_(True)
-            correct += int(model(x_adv)[0].argmax() == y[i])
-            objective(name, model, clean, x_adv, y[i]).backward()
+            p, log_q = model(clean)[0].softmax(0).detach(), model(x_adv)[0].log_softmax(0)
+            objective = (p * (p.log() - log_q)).sum() if name == 'trades' else -log_q[y[i]]
+            objective.backward()
+            correct += int(log_q.argmax() == y[i])
             moved = x_adv.detach() + STEP * x_adv.grad.sign()
             x_adv = (clean + (moved - clean).clamp(-EPSILON, EPSILON)).clamp(0, 1)
         found.append(x_adv.detach().clamp(0, 1))
@@ -111,28 +105,21 @@ def logits_of(model, *images):
 
 
 # ---------------------------------------------------------------- what the tests run on
-
-def small_net(dtype=torch.float64):
-    """A smooth network (for finite differences) whose batch and running statistics differ."""
-    torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.SiLU(),
-                        nn.Conv2d(6, 8, 3, 2), nn.BatchNorm2d(8), nn.SiLU(),
-                        nn.Flatten(), nn.Linear(32, 10)).double()
-    with torch.no_grad():
-        net[-1].weight *= 6  # confident, so that entropies and kappa spread
-        for _ in range(20):
-            net(0.7 * torch.rand(64, 1, 8, 8).double())
-    return net.to(dtype)
-
-
 def problem(size=8, dtype=torch.float64):
-    """A network, images with pixels at 0 and 1, and labels: three in four as predicted."""
-    model, generator = small_net(dtype), torch.Generator().manual_seed(2)
-    x = 1.6 * torch.rand(size, 1, 8, 8, generator=generator, dtype=torch.float64) - 0.3
-    x = x.clamp(0, 1).to(dtype)
-    y = copy.deepcopy(model).eval()(x).argmax(1)
+    """A smooth network (for finite differences) whose batch and running statistics differ, images
+    with pixels at 0 and 1, and labels: three in four as predicted."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.SiLU(),
+                          nn.Conv2d(6, 8, 3, 2), nn.BatchNorm2d(8), nn.SiLU(),
+                          nn.Flatten(), nn.Linear(32, 10)).double()
+    with torch.no_grad():
+        model[-1].weight *= 6  # confident, so that entropies and kappa spread
+        for _ in range(20):
+            model(0.7 * torch.rand(64, 1, 8, 8).double())
+        x = (1.6 * torch.rand(size, 1, 8, 8).double() - 0.3).clamp(0, 1).to(dtype)
+        y = copy.deepcopy(model).to(dtype).eval()(x).argmax(1)
     y[3::4] = (y[3::4] + 1) % 10
-    return model, x, y
+    return model.to(dtype), x, y
 
 
 def table(scale=3.0):
@@ -169,7 +156,6 @@ def close(a, b, tolerance=1e-10):
 
 
 # ---------------------------------------------------------------- entropy weights
-
 def test_entropy_weights():
     z = table()[0]
     for options in ({}, {'tau': 0.5}, {'tau': 5.0}, {'tau': math.inf}):
@@ -199,7 +185,6 @@ def test_weights_of_a_large_half_precision_batch_do_not_overflow(dtype, toleranc
 
 
 # ---------------------------------------------------------------- the losses
-
 @every_script
 @every_weighting
 @pytest.mark.parametrize('size', [8, 3, 1])  # a smaller last batch counts by its own size
@@ -249,7 +234,6 @@ def test_gairat_weights():
 
 
 # ---------------------------------------------------------------- the official TRADES and MART
-
 def official(name, model, x, y, step_size, epsilon, steps, beta):
     """What the published trades_loss and mart_loss compute, draw for draw."""
     kl_sum = nn.KLDivLoss(reduction='sum')
@@ -300,7 +284,6 @@ def test_agrees_with_the_official_code(name, steps, dtype, tolerance):
 
 
 # ---------------------------------------------------------------- the attacks
-
 @every_script
 @pytest.mark.parametrize('steps', [0, 1, STEPS])
 def test_attack_and_kappa_match_a_loop_over_examples(name, steps):
@@ -340,7 +323,6 @@ def test_loss_changes_only_batch_norm_statistics(name):
 
 
 # ---------------------------------------------------------------- hard cases
-
 @every_script
 @every_weighting
 def test_loss_and_gradients_are_finite_at_extreme_logits(name, weighting):
@@ -419,7 +401,6 @@ def test_labels_may_be_uint8_and_for_at_and_trades_probabilities(name):
 
 
 # ---------------------------------------------------------------- the scripts as text
-
 @pytest.mark.parametrize('name, defaults', [
     ('at', f'step_size={2 / 255}, epsilon={8 / 255}, perturb_steps=10'),
     ('trades', "step_size=0.003, epsilon=0.031, perturb_steps=10, beta=1.0, distance='l_inf'"),
@@ -451,12 +432,8 @@ def test_a_pasted_loss_needs_only_torch_and_the_code_above_it(name):
 @pytest.mark.parametrize('part', ['batch_mean', 'entropy_weights', 'check_input', 'check_logits',
                                   'the training program'])
 def test_shared_code_is_identical_in_all_scripts(name, part):
-    def lines_of(name):
-        if part == 'the training program':
-            return SOURCES[name][SOURCES[name].index(DIVIDER):].splitlines()
-        return inspect.getsource(getattr(SCRIPTS[name], part)).splitlines()
-
-    a, b = lines_of('at'), lines_of(name)
-    odd = next((pair for pair in zip(a + [''], b + ['']) if pair[0] != pair[1]), '')
-    assert a == b, (f'{part} differs between train_at.py and train_{name}.py: edit it in one '
-                    'script and copy it to the other three. First difference:\n' + '\n'.join(odd))
+    a, b = (SOURCES[n].split(DIVIDER)[1] if part == 'the training program' else
+            inspect.getsource(getattr(SCRIPTS[n], part)) for n in ('at', name))
+    assert a.splitlines() == b.splitlines(), (
+        f'{part} differs between train_at.py and train_{name}.py: edit it in one script and copy '
+        'it to the other three')

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import copy
 import csv
-import errno
 import functools
 import hashlib
 import importlib
@@ -15,7 +14,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -209,6 +207,10 @@ def last_of(directory='run', name='last'):
     return models.load(f'{directory}/{name}.pt')
 
 
+def losses_of(directory='run'):
+    return [row['loss'] for row in last_of(directory)['log']]
+
+
 def comparable(value):
     """A checkpoint's content without times and the command; tensors as bytes."""
     if isinstance(value, dict):
@@ -233,13 +235,12 @@ def full_disk(patch, when, function='replace'):
     original = getattr(os, function)
     def patched(*args):
         if when(*args):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(28, 'No space left on device')
         return original(*args)
     patch.setattr(os, function, patched)
 
 
 # ---------------------------------------------------------------- what a run leaves
-
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """The eight methods, trained on a few images: {name: directory}."""
@@ -361,7 +362,6 @@ def test_learning_rates_of_each_schedule():
 
 
 # ---------------------------------------------------------------- killed and continued
-
 @pytest.mark.parametrize('flags', [EACH_STEP, f'{EACH_STEP} {EVERYTHING}', '--save-freq 1'])
 def test_a_run_killed_between_any_two_file_writes_continues_exactly(flags, monkeypatch):
     """Continue from copies of the directory, made before each file is put in place, as a kill would
@@ -438,8 +438,7 @@ def test_with_another_batch_size_a_resumed_run_begins_its_epoch_again():
     with hooks(lambda optimizer, n: steps.append(n)):
         out, _ = train('at', '--resume run --arch net.py:plain --batch-size 4')
     assert '0 epochs and 0 steps are done' in out and 'batch_size 1 -> 4' in out
-    loss, = {round(last_of(name)['log'][0]['loss'], 5) for name in ('run', 'whole')}
-    assert len(steps) == 13 and loss > 1
+    assert len(steps) == 13 and losses_of() == pytest.approx(losses_of('whole'), abs=1e-5)
 
 
 def test_the_logged_entropy_of_a_half_precision_network_is_exact():
@@ -465,20 +464,14 @@ def test_a_run_that_cannot_be_continued_is_refused_by_name(runs):
     assert '/last.pt' in refused('at', '--resume=')
 
 
-def test_a_directory_in_which_another_process_trains_is_refused():
-    started, end = (multiprocessing.get_context('fork').Event() for _ in range(2))
-    child = in_child('at', PLAIN, lambda *_: (started.set(), end.wait(60)))
-    assert started.wait(60)
-    try:
-        assert 'another process' in refused('at', PLAIN)
-    finally:
-        end.set()
-        child.join(60)
-    assert child.exitcode == 0 and 'contains a run' in refused('at', PLAIN)
+def test_a_directory_in_which_a_run_is_training_is_refused():
+    told = []
+    with hooks(lambda optimizer, n: n > 1 or told.append(refused('at', PLAIN))):
+        train('at', PLAIN)
+    assert 'another process' in told[0] and 'contains a run' in refused('at', PLAIN)
 
 
 # ---------------------------------------------------------------- full disks and diverging runs
-
 @pytest.mark.parametrize('function, name', [('replace', ''), ('fsync', ''), ('replace', 'best.pt')])
 def test_training_continues_on_a_full_disk_and_saves_later(function, name, runs, monkeypatch):
     """The best.pt that is saved later holds the weights of epoch 1, not the current ones."""
@@ -517,7 +510,6 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_before_saving(step, wh
 
 
 # ---------------------------------------------------------------- several processes
-
 # Batches of 23 in shares of 12 and 11, and a last one of a single image: one share is empty
 SHARED = f'{PLAIN} --train-size 47 --batch-size 23'
 
@@ -545,7 +537,6 @@ def test_two_processes_stop_when_one_is_asked_to_and_continue_exactly():
 
 
 # ---------------------------------------------------------------- mistakes
-
 MISTAKES = [('at', *case) for case in [
     ('--dataset svhn', 'svhn'), ('--arch vgg', 'vgg'), ('--arch wideresnet29-10', 'wideresnet29'),
     ('--entropy', '--entropy'), ('--tau 2', '--entropy-weight'), ('--seed -1', 'seed'), *[
@@ -584,7 +575,6 @@ LABELS = np.arange(52) % 5
 
 @pytest.mark.parametrize('changed, told', [
     ({'train_images': GRAY.transpose(0, 3, 1, 2)}, '(N, H, W, C)'),
-    ({'train_images': GRAY[..., 0]}, '(52, 8, 8)'),
     ({'train_images': GRAY % 2}, '0 to 255'), ({'train_images': GRAY / 255}, 'float64'),
     ({'train_labels': LABELS + 1}, '0 to K - 1'), ({'train_labels': LABELS * 2}, '0 to K - 1'),
     ({'train_labels': LABELS - 1}, 'whole'), ({'train_labels': LABELS * 1.0}, 'whole'),
@@ -605,19 +595,16 @@ def test_the_first_images_of_a_file_that_is_sorted_by_class_are_refused():
     train('at', PLAIN, '--test-size 20')
 
 
-@pytest.mark.parametrize('dataset, values', [
-    ('cifar10', ['8/255', '2/255', '110', '0.1', 'preactresnet18']),
-    ('digits', ['0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn', '0'])])
 @every_algorithm
-def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values):
-    out, _ = train(algorithm, '--help --dataset', dataset)
+def test_help_shows_the_values_that_will_be_used(algorithm):
+    out, _ = train(algorithm, '--help --dataset digits')
     assert 'None' not in out and '--resume DIR' in out
-    assert all(f'(default: {value})' in ' '.join(out.split()) for value in values)
+    for value in ('0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn', '0'):
+        assert f'(default: {value})' in ' '.join(out.split())
     assert 'cifar10 8/255' in command('--help')[0]
 
 
 # ---------------------------------------------------------------- own networks, images and weights
-
 def test_a_custom_network_receives_contiguous_images():
     images = GRAY.repeat(3, 3)  # of one channel in the other tests
     own_images(train_images=images, test_images=images[:20])
@@ -638,7 +625,7 @@ def test_extra_images_fill_their_share_of_each_batch_and_are_drawn_evenly():
         assert {sum(i >= 52 for i in batch) for batch in epoch} == {7}
         counts = np.bincount(sum(epoch, []), minlength=82)
         assert set(counts[:52]) == {0, 1} and set(counts[52:]) == {1, 2}  # 42 draws of 30
-    assert sorted(data.draw(99, 99).tolist()) == list(range(99)) != data.draw(99, 99).tolist()
+    assert clean[:6] != clean[6:]
 
 
 @pytest.mark.parametrize('start', ['ew-at', 'ew-at/last.pt', 'bare.pt'])
@@ -687,13 +674,11 @@ def test_three_files_train_a_network_with_both_outputs_closed():
 
 
 # ---------------------------------------------------------------- AWP, averaged weights, speed
-
 def test_weight_perturbation_moves_weights_along_their_gradient_and_is_undone_exactly():
-    model, x, y = models.build_model('wideresnet10-1').double(), torch.rand(3, 3, 8, 8), [0, 1, 2]
+    model, x = models.build_model('wideresnet10-1').double(), torch.rand(3, 3, 8, 8).double()
     before = copy.deepcopy(model.state_dict())
     with models.frozen_statistics(model):
-        F.cross_entropy(model(x.double()), torch.tensor(y)).backward()
-    assert comparable(model.state_dict()) == comparable(before)
+        F.cross_entropy(model(x), torch.arange(3)).backward()
     kept = models.perturb_weights(model, 0.02)
     for name, p in model.named_parameters():
         moved = before[name] + 0.02 * before[name].norm() / p.grad.norm() * p.grad
@@ -743,7 +728,7 @@ def test_a_step_uses_the_mean_loss_of_the_batch_and_logs_it():
     y = labels[torch.cdist(x_adv.flatten(1), data.to_float(images).flatten(1)).argmin(1)]
     loss = train_at.at_loss(net, x_adv, y, None, entropy_weight=True, tau=2, adv=x_adv)
     loss.backward()
-    assert last_of()['log'][0]['loss'] == pytest.approx(loss.item(), rel=1e-5)
+    assert losses_of() == pytest.approx([loss.item()], rel=1e-5)
     assert all(torch.allclose(p.grad, q.grad, rtol=1e-4) for p, q in zip(net.parameters(), grads))
 
 
@@ -757,8 +742,8 @@ def test_bfloat16_agrees_within_its_precision_and_uses_current_weights(runs):
         assert torch.allclose(model(x), half + 1, atol=0.02) and half.dtype == torch.float32
     assert torch.allclose(full, half, atol=0.02) and not torch.equal(full, half)
     train('at', NET, '--amp')
-    losses = [[row['loss'] for row in last_of(path)['log']] for path in ('run', runs['at'])]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+    full, half = losses_of(runs['at']), losses_of()
+    assert half == pytest.approx(full, rel=0.05) and half != full
 
 
 def test_a_run_compiles_its_network_only_in_the_first_epoch(monkeypatch, runs):
@@ -768,8 +753,7 @@ def test_a_run_compiles_its_network_only_in_the_first_epoch(monkeypatch, runs):
     with hooks(lambda optimizer, n: after.append(len(graphs))):
         train('at', NET, '--compile --ema 0.9')
     assert 0 < after[0] and after[4] == after[-1] == len(graphs) <= 6  # nor for a last batch of 4
-    losses = [[row['loss'] for row in last_of(path)['log']] for path in ('run', runs['at'])]
-    assert losses[0] == losses[1]
+    assert losses_of() == losses_of(runs['at'])
 
 
 def test_outputs_are_copied_before_a_cuda_graph_overwrites_them(monkeypatch):
@@ -783,7 +767,6 @@ def test_outputs_are_copied_before_a_cuda_graph_overwrites_them(monkeypatch):
 
 
 # ---------------------------------------------------------------- on a GPU
-
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 GPU = NET.replace('--no-cuda', '')
 
@@ -824,8 +807,8 @@ def test_a_run_on_a_gpu_continues_and_resembles_one_on_the_cpu(flags):
     with hooks(kill(signal.SIGTERM, 6)):
         train('trades', GPU, flags, status=143)
     train('trades', '--resume run --arch net.py:Net')
-    losses = [[row['loss'] for row in last_of(directory)['log']] for directory in ('run', 'cpu')]
-    assert losses[0] == pytest.approx(losses[1], rel=0.1) and last_of()['device'] == 'cuda'
+    assert losses_of() == pytest.approx(losses_of('cpu'), rel=0.1)
+    assert last_of()['device'] == 'cuda'
 
 
 CIFAR10, CIFAR100 = models.NORMALIZATIONS.values()
@@ -839,19 +822,6 @@ def refuses(told, function, *args, **options):
 
 
 # ---------------------------------------------------------------- networks
-
-@pytest.mark.parametrize('arch, parameters', [
-    ('preactresnet18', 11_172_170), ('resnet18', 11_173_962), ('resnet34', 21_282_122),
-    ('resnet50', 23_520_842), ('wideresnet28-10', 36_479_194), ('wideresnet34-10', 46_160_474),
-    ('preactresnet18-swish', 12_548_426), ('wideresnet28-10-swish', 36_479_194),
-    ('smallcnn', 312_202)])
-def test_networks_have_the_published_size_and_are_inferred_from_their_weights(arch, parameters):
-    with torch.device('meta'):
-        model = models.build_model(arch, in_channels=1 if arch == 'smallcnn' else 3)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
-    assert models.infer_arch(model.state_dict())[0] == arch
-
-
 @torch.no_grad()
 @pytest.mark.parametrize('arch, options, expected', [
     ('preactresnet18', (10, 3, False), [1.25812, 0.828191]),
@@ -886,7 +856,6 @@ def test_smallcnn_starts_with_zero_logits_and_has_the_names_of_trades():
 
 
 # ---------------------------------------------------------------- files of weights
-
 @pytest.fixture(scope='module')
 def network():
     model = models.build_model('wideresnet10-1')
@@ -1061,7 +1030,6 @@ def test_normalization_by_the_caller_replaces_the_one_in_the_network(text, mean,
 
 
 # ---------------------------------------------------------------- data sets
-
 def test_digits():
     (images, labels), held_out = data.load_data('digits'), data.load_data('digits', train=False)
     assert images.shape == (1437, 1, 28, 28) and held_out[0].shape == (360, 1, 28, 28)
@@ -1169,7 +1137,6 @@ def linear_network(change='logits', before='x', num_classes=5):
 
 
 # ---------------------------------------------------------------- attacks
-
 @pytest.mark.parametrize('attack', evaluate.PGD)
 def test_a_linear_model_has_its_exact_robust_accuracy(attack):
     torch.manual_seed(0)
@@ -1197,9 +1164,8 @@ def test_steps_scale_with_epsilon(attack, share, steps):
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     x, y, kappa = torch.full((4, 1, 3, 3), 0.5), torch.zeros(4).long(), torch.zeros(4)
     seen.append(evaluate.run_attack(attack, model, x, y, 0.3, kappa=kappa))
-    moved = (seen[1] - seen[0]).abs().max().item()
-    assert len(seen) == steps + 1 and moved == pytest.approx(share * 0.3, rel=1e-4)
-    assert kappa.tolist() == [steps] * 4  # all iterates are correct
+    assert (seen[1] - seen[0]).abs().max().item() == pytest.approx(share * 0.3, rel=1e-4)
+    assert len(seen) == steps + 1 and kappa.tolist() == [steps] * 4  # all iterates are correct
 
 
 def test_logit_scaling_finds_what_masked_gradients_hide_from_pgd():
@@ -1221,13 +1187,13 @@ def test_an_attack_that_leaves_the_ball_is_an_error(trained, monkeypatch):
 
 
 @pytest.mark.parametrize('value, epsilon, step_size', [
-    (1.5, 0.1, 0.01), (-0.1, 0.1, 0.01), (math.nan, 0.1, 0.01), (0.5, 8, 0.01), (0.5, -0.1, 0.01),
-    (0.5, 0.1, 2)])
+    (1.5, 0.1, 0.01), (-0.1, 0.1, 0.01), (math.nan, 0.1, 0.01), (0.5, 8, 0.01), (0.5, 0.1, 2)])
 def test_images_and_lengths_outside_0_to_1_are_refused(value, epsilon, step_size, trained):
     x, y = torch.full((2, 1, 28, 28), value), torch.zeros(2).long()
-    refuses(r'must lie in \[0, 1\]', evaluate.pgd_attack, trained, x, y, epsilon, step_size, 1)
-    for attack in ('pgd20', 'square') * (step_size < 1):
-        refuses(r'must lie in \[0, 1\]', evaluate.run_attack, attack, trained, x, y, epsilon)
+    told = r'must lie in \[0, 1\]'
+    refuses(told, evaluate.pgd_attack, trained, x, y, epsilon, step_size, 1)
+    if step_size < 1:
+        refuses(told, evaluate.run_attack, 'square', trained, x, y, epsilon)
 
 
 def test_autoattack_matches_the_standard_version_of_the_package():
@@ -1257,7 +1223,6 @@ def test_apgd_t_targets_every_other_class():
 
 
 # ---------------------------------------------------------------- metrics
-
 def test_measures_and_entropy_report_against_numpy(trained):
     images, labels = digits(40)
     outcome = evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.03)
@@ -1292,20 +1257,17 @@ def test_a_network_in_train_mode_is_evaluated_in_eval_mode_and_left_as_it_was():
     model[1].eval()  # frozen batch statistics
     model[0].weight.requires_grad_(False)
     before, state = comparable(model.state_dict()), torch.manual_seed(123).get_state()
-    outcome = evaluate.evaluate_attack(model, *digits(32), 'pgd10', 0.02)
-    assert (outcome['entropy'] == expected).all()
+    again = evaluate.evaluate_attack(model, *digits(32), 'pgd10', 0.02)['entropy']
+    assert (again == expected).all()
     assert [m.training for m in model] == [True, False, True, True, True] and model.training
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
-    assert all(p.grad is None for p in model.parameters())
     assert comparable(model.state_dict()) == before and torch.get_rng_state().equal(state)
 
 
-def precision():
-    conv = torch.backends.cudnn
-    return conv.conv.fp32_precision if hasattr(conv, 'conv') else conv.allow_tf32
-
-
 def test_attacks_search_at_torchs_precision_and_verdicts_are_in_float32(trained):
+    def precision():
+        conv = torch.backends.cudnn
+        return conv.conv.fp32_precision if hasattr(conv, 'conv') else conv.allow_tf32
     seen, default = [], precision()
     with trained.register_forward_pre_hook(lambda *_: seen.append(precision())):
         evaluate.evaluate_attack(trained, *digits(4), 'pgd10', 0.1)
@@ -1332,7 +1294,6 @@ def test_a_second_call_runs_only_the_missing_batches(trained):
 
 
 # ---------------------------------------------------------------- the command
-
 FAST = '--attacks pgd20 ls --n-examples 12 --batch-size 5 --epsilon 0.04 --model-path'
 
 
@@ -1415,26 +1376,19 @@ def test_a_killed_evaluation_continues_and_gives_the_same_outcomes_as_two_proces
     paths = f'--model-path {run} {run}/best.pt.eval'  # as with {run}/*
     out, _ = command(args, '--save-outcomes one.npz', paths)
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2',
-                           f'--master-port={20000 + os.getpid() % 9000}', *program,
-                           other, '--save-outcomes', 'two.npz'],
-                          env=ENV, text=True, timeout=300, capture_output=True)
+                           '--standalone', *program, other, '--save-outcomes', 'two.npz'], env=ENV,
+                          text=True, timeout=300, capture_output=True)
     assert done.returncode == 0 and done.stdout == out, done.stderr
     assert done.stderr.count(': pgd20') == 1
     one, two = np.load('one.npz'), np.load('two.npz')
     assert all(np.array_equal(one[k], two[k], equal_nan=one[k].dtype.kind == 'f') for k in one)
 
 
-def test_the_table_is_printed_before_a_full_disk_ends_the_command(run):
-    Path(f'{run}/best.pt.eval').touch()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
-    try:
-        out, err = command('--json a.json --figures f', FAST, run, status=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert table(out) and json.loads(Path('a.json').read_text()) and 'a.json' not in err
-    assert err.count(f'cannot write {run}/best.pt.eval/') == 3  # clean, pgd20, ls
-    assert re.search('^evaluate.py: error: .*File too large\n', err, re.M)
+def test_the_table_is_printed_before_a_full_disk_ends_the_command(run, monkeypatch):
+    full_disk(monkeypatch, lambda *_: True)
+    out, err = command('--json a.json', FAST, run, status=2)
+    assert table(out) and err.count(f'cannot write {run}/best.pt.eval/') == 3  # clean, pgd20, ls
+    assert re.search('^evaluate.py: error: .*No space left', err, re.M)
 
 
 @pytest.mark.parametrize('change, before, told', [
@@ -1445,8 +1399,7 @@ def test_the_table_is_printed_before_a_full_disk_ends_the_command(run):
 def test_attacks_that_cannot_work_give_one_warning_line(change, before, told):
     _, err = command(linear_network(change, before), 'pgd20 ls --json a.json')
     assert len(re.findall(f'^Warning: .*{told}.*$', err, re.M)) == 1
-    assert any(told in text for text in
-               json.loads(Path('a.json').read_text())['models'][0]['warnings'])
+    assert told in str(json.loads(Path('a.json').read_text())['models'][0]['warnings'])
 
 
 def test_a_network_that_cannot_take_a_single_image_is_refused():
@@ -1492,7 +1445,6 @@ def test_an_invalid_flag_gives_one_line_and_exit_status_2(flags, told, trained):
 
 
 # ---------------------------------------------------------------- the pages and their commands
-
 RESULTS = ROOT / 'results'
 PAGES = ROOT / 'README.md', RESULTS / 'README.md', RESULTS / 'cifar10' / 'README.md'
 
@@ -1577,15 +1529,15 @@ def test_rsts_images_are_read_without_running_code():
         exec(snippet, {})
 
 
-def test_the_committed_networks_are_the_evaluated_ones():
-    for name in ('outcomes-seed1', 'outcomes-seed2', 'first-1000'):
-        for row in json.loads((RESULTS / 'cifar10' / f'{name}.json').read_text())['models']:
-            sha = hashlib.sha256(b'WideResNet')
-            model = models.load_model(ROOT / row['path'], num_classes=10)
-            for key, tensor in sorted(model.state_dict().items()):
-                sha.update(f'{key} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-                sha.update(tensor.numpy().tobytes())
-            assert sha.hexdigest() == row['weights'], row['path']
+@pytest.mark.parametrize('name', ['outcomes-seed1', 'outcomes-seed2', 'first-1000'])
+def test_the_committed_networks_are_the_evaluated_ones(name):
+    for row in json.loads((RESULTS / 'cifar10' / f'{name}.json').read_text())['models']:
+        sha = hashlib.sha256(b'WideResNet')
+        model = models.load_model(ROOT / row['path'], num_classes=10)
+        for key, tensor in sorted(model.state_dict().items()):
+            sha.update(f'{key} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+            sha.update(tensor.numpy().tobytes())
+        assert sha.hexdigest() == row['weights'], row['path']
 
 
 def test_the_analysis_of_the_results_runs():
