@@ -1,7 +1,6 @@
 """The commands, end to end; in this process, except where the process itself is what is tested."""
 import argparse
 import collections
-import contextlib
 import copy
 import csv
 import functools
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -70,10 +69,11 @@ class Net(nn.Module):
         self.sub_block1 = nn.utils.parametrizations.weight_norm(self.sub_block1)
         self.unused, self.fault = nn.Linear(3, 3), fault
         self.frozen = nn.Linear(num_classes, num_classes).requires_grad_(False)
-        self.register_buffer('mask', torch.tensor([0, -torch.inf]))
+        for name, value in (('mask', [0, -torch.inf]), ('mean', [0.0]), ('std', [1.0])):
+            self.register_buffer(name, torch.tensor(value))
     def forward(self, x):
         x = {'detach': x.detach, 'change': lambda: x.sub_(1)}.get(self.fault, lambda: x)()
-        x = self.bn(self.conv(x)).relu()
+        x = self.bn(self.conv((x - self.mean) / self.std)).relu()
         x = self.frozen(self.sub_block1(self.drop(x.view(x.size(0), -1)))) + self.mask[0]
         return (x, x) if self.fault == 'tuple' and self.training else x
 detach, change, tuple = (lambda num_classes, f=f: Net(num_classes, f) for f in (
@@ -91,13 +91,12 @@ plain = lambda num_classes: nn.Sequential(
     nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, num_classes))
 norm = lambda num_classes: nn.Sequential(
     nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, num_classes))
-eleven, colored, empty, number = lambda: Net(11), lambda: nn.Conv2d(3, 5, 8), nn.Flatten, lambda: 5
+eleven, colored, number = lambda: Net(11), lambda: nn.Conv2d(3, 5, 8), lambda: 5
 raises = lambda: 1 / 0
-def buffer(num_classes, value=torch.ones(1).expand(3)):
+def buffer(num_classes):
     network = plain(num_classes)
-    network.register_buffer('extra', value)
+    network.register_buffer('extra', torch.ones(1).expand(3))
     return network
-nan = lambda num_classes: buffer(num_classes, torch.tensor(float('nan')))
 """
 
 
@@ -163,7 +162,7 @@ def flags_of(algorithm, flags):
     return script(algorithm).parse_args(flags.split())[1]
 
 
-@contextlib.contextmanager
+@contextmanager
 def hooks(step=lambda optimizer, n: None, forward=lambda network, x: None):
     """Call step(optimizer, n) after the n-th step, and forward(network, x) after each forward pass
     of a whole network, except the trial passes before a run, on 2 and 3 images."""
@@ -195,7 +194,7 @@ def in_child(algorithm, flags, step=kill(0), **environment):
 
 
 def run_pair(algorithm, flags, step=kill(0)):
-    """Train in two processes, the second with step as a hook; their exit statuses."""
+    """Train in two processes, the second with step as a hook. Return their exit statuses."""
     with socket.create_server(('localhost', 0)) as probe:
         port = str(probe.getsockname()[1])
     children = [in_child(algorithm, flags, hook, RANK=str(rank), WORLD_SIZE='2', MASTER_PORT=port,
@@ -555,8 +554,7 @@ MISTAKES = [('at', *case) for case in [
     ('--arch net.py:raises', 'division by zero'), ('--arch net.py:eleven', '11'),
     ('--arch net.py:colored', '(3, 1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
     ('--arch net.py:tuple', 'train mode'), ('--arch net.py:detach', 'gradient'),
-    ('--arch net.py:change', 'in-place'), ('--arch net.py:nan', 'not finite'),
-    ('--arch net.py:buffer', 'extra'), ('--arch net.py:empty', '(3, 64)'),
+    ('--arch net.py:change', 'in-place'), ('--arch net.py:buffer', 'extra'),
     ('--arch net.py:norm --batch-size 17', '(1, 1, 8, 8)'), *[  # the last of 52
         (f'{flag} {value}', '') for value in ('0', '-1', 'nan', 'many') for flag in (
             '--lr', '--entropy-weight --tau', '--batch-size', '--epochs', '--num-steps',
@@ -811,9 +809,6 @@ def test_a_run_on_a_gpu_continues_and_resembles_one_on_the_cpu(flags):
     assert last_of()['device'] == 'cuda'
 
 
-CIFAR10, CIFAR100 = models.NORMALIZATIONS.values()
-
-
 def refuses(told, function, *args, **options):
     """The function raises an error of one line that matches."""
     with pytest.raises((ValueError, OSError, argparse.ArgumentTypeError), match=told) as error:
@@ -822,6 +817,9 @@ def refuses(told, function, *args, **options):
 
 
 # ---------------------------------------------------------------- networks
+CIFAR10, CIFAR100 = models.NORMALIZATIONS.values()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('arch, options, expected', [
     ('preactresnet18', (10, 3, False), [1.25812, 0.828191]),
@@ -878,7 +876,6 @@ WRAPS = {
     **{key: lambda s, key=key: {key: {'n_averaged': torch.tensor(3)} | prefixed('module.')(s),
                                 'state_dict': {k: 0 * v for k, v in s.items()}}
        for key in ('ema_state_dict', 'model_ema')},
-    'no averages yet': lambda s: {'ema_state_dict': None, 'model_ema': {}, 'state_dict': s},
     'a name and a module': lambda s: {'model': 'wideresnet', 'net': nn.ReLU(), 'last': s},
     **{prefix: prefixed(prefix) for prefix in (
         'module.', '_orig_mod.', 'module.0.', 'wrapper.of.it.', 'model.module.0._orig_mod.')},
@@ -956,12 +953,6 @@ def test_a_run_of_this_project_is_loaded_with_its_own_network_and_pixels():
             'net.py:plain')
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.module.'])
-def test_a_normalization_that_belongs_to_the_network_stays_in_it(prefix):
-    state = {'mean': torch.zeros(3), 'std': torch.ones(3), 'fc.weight': torch.zeros(2)}
-    assert models.find_state_dict(prefixed(prefix)(state), state) == (state, None)
-
-
 TENSOR, OLD, SELF = saved({'w': torch.zeros(3000)}), saved({'w': torch.zeros(3000)}, False), {}
 SELF['model'] = SELF
 UNREADABLE = {
@@ -1005,13 +996,13 @@ def test_weights_that_do_not_fit_are_named(change, arch, told, network):
     'mu sigma ', 'normalize.mean normalize.std model.', '0.mean 0.std 1.', 'mean std model.',
     'module.mu module.sigma module.net.'])
 def test_a_normalization_in_the_file_is_used(names, network):
-    mean, std, prefix = names.split(' ')
-    state, x = prefixed(prefix)(network.state_dict()), torch.rand(3, 3, 8, 8)
-    state |= {mean: torch.tensor(CIFAR10[0]).view(1, 3, 1, 1), std: torch.tensor([0.5])}
+    (mean, std, prefix), x = names.split(' '), torch.rand(3, 3, 8, 8)
+    mu = torch.tensor(CIFAR10[0]).view(1, 3, 1, 1)
+    state = prefixed(prefix)(network.state_dict()) | {mean: mu, std: torch.tensor([0.5])}
     torch.save(state, 'a.pt')
-    expected = network((x - torch.tensor(CIFAR10[0])[:, None, None]) / 0.5)
     for normalize in (None, CIFAR100):  # what the file holds comes first
-        torch.testing.assert_close(models.load_model('a.pt', None, 10, normalize)(x), expected)
+        loaded = models.load_model('a.pt', None, 10, normalize)
+        torch.testing.assert_close(loaded(x), network((x - mu) / 0.5))
     refuses('^a.pt .*normalization', models.start_from, network, 'a.pt')
     torch.save(state | {std: torch.tensor([0.0])}, 'a.pt')
     refuses('^a.pt: .*normalized', models.load_model, 'a.pt')
@@ -1044,8 +1035,7 @@ def test_mnist_and_cifar10():
     assert images.shape == (10000, 1, 28, 28) and labels[:4].tolist() == [7, 2, 1, 0]
     images, labels = data.load_data('cifar10', ROOT / 'data', size=3)
     assert images.shape == (3, 3, 32, 32) and images[0, :, 0, 31].tolist() == [148, 124, 103]
-    assert labels.tolist() == [6, 9, 9] and images.is_contiguous()
-    assert data.class_names('cifar10', ROOT / 'data')[:2] == ['airplane', 'automobile']
+    assert data.class_names('cifar10', ROOT / 'data')[labels[0]] == 'frog'
 
 
 @pytest.mark.parametrize('dataset, file', [
@@ -1065,13 +1055,12 @@ def test_each_image_is_cropped_and_flipped_independently():
     images = torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8)
     kept = images.clone()
     out = data.augment(images, 'crop-flip')
-    assert out.dtype == torch.uint8 and out.shape == images.shape and torch.equal(images, kept)
     matches = torch.zeros(81, 2, count)
     for offset in range(81):
         crop = TF.crop(TF.pad(images, [4]), offset // 9, offset % 9, size, size)
         for flip, variant in enumerate((crop, TF.hflip(crop))):
             matches[offset, flip] = (variant == out).flatten(1).all(1)
-    assert (matches.sum((0, 1)) == 1).all()
+    assert (matches.sum((0, 1)) == 1).all() and out.dtype == torch.uint8 and images.equal(kept)
     counts = matches.sum(2)
     assert 15 <= counts.min() and counts.max() <= 85  # 50 expected, standard deviation 7
     assert abs(counts.sum(0) - count / 2).max() < 225  # standard deviation 45
@@ -1199,14 +1188,14 @@ def test_images_and_lengths_outside_0_to_1_are_refused(value, epsilon, step_size
 def test_autoattack_matches_the_standard_version_of_the_package():
     torch.manual_seed(3)
     images = torch.randint(0, 256, (7, 1, 5, 5), dtype=torch.uint8)
-    model = affine(torch.randn(10, 25), torch.randn(10))
-    labels = model(data.to_float(images)).argmax(1)
+    model, x = affine(torch.randn(10, 25), torch.randn(10)), data.to_float(images)
+    labels = model(x).argmax(1)
     labels[:2] = (labels[:2] + 1) % 10  # the others are classified correctly
     outcomes = evaluate.evaluate_model(model, images, labels, ['autoattack'], 0.5, 0.06, 5, seed=5)
     correct = [outcome['correct'] for outcome in outcomes.values()]
     assert correct[0].sum() == 5 and 0 < correct[-1].sum() < 5
     official = pyautoattack.AutoAttack(model, eps=0.06, seed=5)
-    _, y_adv = official.run_standard_evaluation(data.to_float(images), labels, batch_size=5)
+    _, y_adv = official.run_standard_evaluation(x, labels, batch_size=5)
     assert ((y_adv == labels).numpy() == correct[-1]).all()
     attacked = [np.isfinite(outcome['entropy']) for outcome in outcomes.values()]
     assert all((a == before).all() for before, a in zip(correct, attacked[1:]))
@@ -1281,11 +1270,9 @@ def test_attacks_search_at_torchs_precision_and_verdicts_are_in_float32(trained)
 
 
 def test_a_second_call_runs_only_the_missing_batches(trained):
-    images, labels = digits(10)
-    attack = functools.partial(evaluate.evaluate_attack, trained, images, labels, 'pgd10', 0.1,
+    attack = functools.partial(evaluate.evaluate_attack, trained, *digits(10), 'pgd10', 0.1,
                                batch_size=4, file='kept.npy')
     expected, measures, passes = attack(), np.load('kept.npy'), []
-    assert (measures[0] == expected['correct']).all()
     measures[:, 4:8] = np.nan
     np.save('kept.npy', measures)
     with trained.register_forward_hook(lambda *_: passes.append(1)):
@@ -1426,10 +1413,9 @@ def test_apgd_t_is_refused_with_fewer_than_four_classes():
 
 @pytest.mark.parametrize('flags, told', [
     ('--model-path nothing.pt', 'nothing.pt'), ('--model-path text.pt', 'text.pt'),
-    ('--model-path bare.pt', '--dataset'), ('--model-path .', './best.pt'),
-    ('--model-path a.eval', '--names'), ('--attacks pgd7', "'pgd7'"),
-    ('--epsilon 8', '8/255'), ('--names a b', '--names'), ('--seed -1', '--seed'),
-    ('--n-examples 361', '360'), ('--n-examples 0', '360'), ('--normalize 0.5', 'mean_and_std'),
+    ('--model-path bare.pt', '--dataset'), ('--model-path .', './best.pt'), ('--seed -1', '--seed'),
+    ('--model-path a.eval', '--names'), ('--attacks pgd7', "'pgd7'"), ('--names a b', '--names'),
+    ('--epsilon 8', '8/255'), ('--n-examples 361', '360'), ('--normalize 0.5', 'mean_and_std'),
     *[(f'--normalize {wrong}', 'normalized by') for wrong in ('0.5/0', '0.5/nan', '1,2/1')],
     ('--batch-size 0', '--batch-size'), ('--dataset imagenet', 'imagenet'),
     ('--figures text.pt/x', 'text.pt'),
@@ -1512,21 +1498,6 @@ def test_the_recipe_in_data_py_turns_folders_of_images_into_a_data_set():
     images, labels = data.load_data('my_data.npz', size=39)  # refused if sorted by class
     assert images.shape == (39, 3, 32, 32) and data.class_names('my_data.npz') == ['0', '1']
     assert (images[:, :2, 0, 0] == torch.stack([50 * labels, 0 * labels + 9], 1)).all()
-
-
-def test_rsts_images_are_read_without_running_code():
-    snippet, = re.findall(r'```python\n(import pickle.*?)```', PAGES[1].read_text(), re.S)
-    file = Path('ti_500K_pseudo_labeled.pickle')
-    images = np.random.randint(256, size=(20, 32, 32, 3), dtype=np.uint8)
-    for protocol in range(2, 6):
-        content = {'data': images, 'extrapolated_targets': np.arange(20) % 10}
-        file.write_bytes(pickle.dumps(content, protocol))
-        exec(snippet, {})
-        found, labels = data.load_npz('ti_500k.npz', 'image', 'label')
-        assert (found.permute(0, 2, 3, 1).numpy() == images).all() and labels[12] == 2
-    file.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(pickle.UnpicklingError, match='exec'):
-        exec(snippet, {})
 
 
 @pytest.mark.parametrize('name', ['outcomes-seed1', 'outcomes-seed2', 'first-1000'])
