@@ -56,23 +56,20 @@ STANDARD = {'aa: apgd-ce': ('apgd-ce', 'clean'), 'aa: + apgd-t': ('apgd-t', 'aa:
 MEASURES = 'correct', 'entropy', 'margin', 'p_wrong', 'kappa'
 LOW_CLEAN = {'mnist': 0.9, 'digits': 0.9, 'cifar10': 0.6, 'cifar100': 0.3}
 
-# Okabe and Ito's colors, which color-blind readers can distinguish: a fixed one for each method
-COLORS = {'at': '#0072B2', 'trades': '#D55E00', 'mart': '#009E73', 'gairat': '#CC79A7'}
-OTHER_COLORS = '#E69F00', '#56B4E9', '#000000', '#B8A800'
+# Okabe and Ito's colors, which color-blind readers can distinguish
+COLORS = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #B8A800'.split()
 LINES, MARKERS = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))), 'os^DvP'
-WRITTEN = {'pgd20': 'PGD-20', 'worst': 'worst case', 'autoattack': 'AutoAttack'}
-STYLE = {'font.size': 7, 'legend.fontsize': 6, 'legend.frameon': False, 'axes.grid': True,
-         'axes.titlesize': 6, 'axes.axisbelow': True, 'grid.linewidth': 0.3, 'pdf.fonttype': 42,
-         'lines.markersize': 4.5, 'lines.linewidth': 1.1, 'text.parse_math': False}
+STYLE = {'font.size': 7, 'legend.fontsize': 6, 'axes.titlesize': 6, 'lines.linewidth': 1.1,
+         'lines.markersize': 4.5, 'axes.grid': True, 'axes.axisbelow': True, 'grid.linewidth': 0.3,
+         'legend.frameon': False, 'pdf.fonttype': 42, 'text.parse_math': False}
 
 
 # ---------------------------------------------------------------- attacks
 def check_input(x, *lengths):
     """Raise ValueError unless the images and the lengths lie in [0, 1]."""
-    if not (x.min() >= 0 and x.max() <= 1):  # NaN is refused as well
-        raise ValueError('images must lie in [0, 1]: normalize them inside the network')
-    if not all(0 <= length <= 1 for length in lengths):
-        raise ValueError(f'epsilon and step_size must lie in [0, 1]: 8/255, not 8; got {lengths}')
+    if not all(0 <= v <= 1 for v in (x.min(), x.max(), *lengths)):  # NaN is refused as well
+        raise ValueError('images, epsilon and step_size must lie in [0, 1]: normalize the images '
+                         'inside the network, and write 8/255, not 8')
 
 
 def pgd_attack(model, x, y, epsilon, step_size, num_steps, logit_scale=1.0, random_start=True,
@@ -248,8 +245,7 @@ def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 2
         before = 'clean' if attack in AUTOATTACK else None
         columns |= STANDARD if attack == 'autoattack' else {attack: (attack, before)}
     for title, (attack, before) in columns.items():
-        began, file = time.monotonic(), None
-        radius, examples = epsilon, np.ones(len(labels), bool)
+        radius, examples, file = epsilon, np.ones(len(labels), bool), None
         if before:
             radius, examples = aa_epsilon or epsilon, outcomes[before]['correct']
         if folder:
@@ -260,8 +256,7 @@ def evaluate_model(model, images, labels, attacks=('pgd20', 'ls'), epsilon=8 / 2
         outcomes[title] = evaluate_attack(model, images, labels, attack, radius, examples,
                                           batch_size, seed, file, name and f'{name} {title}')
         if name:
-            print(f'{name}: {title} {outcomes[title]["correct"].mean():.2%} of {len(labels):,} '
-                  f'({time.monotonic() - began:.0f} s)', file=sys.stderr)
+            print(f'{name}: {title} {outcomes[title]["correct"].mean():.2%}', file=sys.stderr)
     return outcomes
 
 
@@ -300,13 +295,13 @@ def inspect_model(model, x, y, num_classes):
     return (logits.argmax(1) == y).float().mean().item(), texts, fingerprint
 
 
-def evaluate_row(args, row, rank):
+def evaluate_row(args, row, images, labels, rank):
     """Complete a model's row: the outcomes of evaluate_model and the numbers that follow."""
     for text in [] if rank else row['warnings']:
         print(f'Warning: {row["model"]}: {text}', file=sys.stderr)
     logging.getLogger('auto-attack').setLevel('ERROR')  # inspect_model reports zero gradients once
     row['outcomes'] = evaluate_model(
-        row['network'], row['images'], row['labels'], args.attacks, args.epsilon, args.aa_epsilon,
+        row['network'], images, labels, args.attacks, args.epsilon, args.aa_epsilon,
         args.batch_size, args.seed, None if rank else row['model'], f'{row["path"]}.eval',
         row['identity'])
     correct = {title: outcome['correct'] for title, outcome in row['outcomes'].items()}
@@ -327,14 +322,14 @@ def group_seeds(rows):
 
     The variants of a method share its color; lines and markers follow the order of the models.
     """
-    names, found, colors = {}, [], dict(COLORS)
+    names, found, methods = {}, [], ['at', 'trades', 'mart', 'gairat']  # in the order of COLORS
     for row in rows:
         names.setdefault(re.sub(r'[-_ ]?seed[-_ ]?\d+', '*', row['model']), []).append(row)
     for name, group in names.items():
-        label = f'{name.replace("*", "") or "all"} ({len(group)} seeds)'
-        label = label if group[1:] else group[0]['model']
+        label = f'{name.replace("*", "")} ({len(group)} seeds)' if group[1:] else group[0]['model']
         method = group[0]['about'].get('algorithm', label)
-        color = colors.setdefault(method, OTHER_COLORS[len(colors) % 4])
+        methods += [method] if method not in methods else []
+        color = COLORS[methods.index(method) % len(COLORS)]
         variant = [other.color for other in found].count(color)
         found.append(SimpleNamespace(label=label, rows=group, method=method, color=color,
                                      title=textwrap.fill(label, 40), line=LINES[variant % 6],
@@ -354,57 +349,50 @@ def seed_means(groups):
     return found
 
 
-def print_tables(_, args, rows, groups):
-    """Print the tables as Markdown; models that differ only in their seed have a row of means."""
-    t = args.entropy_threshold
+def print_tables(args, rows, groups):
+    """Print the tables as Markdown, with the means and standard deviations over seeds below."""
     radii = data.pixels_text(args.epsilon)
-    if {'autoattack', *AUTOATTACK} & {*args.attacks}:
-        radii += (f', for AutoAttack {data.pixels_text(args.aa_epsilon)} with '
-                  f'{min(9, len(args.classes) - 1)} targets')
+    if args.aa_epsilon != args.epsilon:
+        radii += f', for AutoAttack {data.pixels_text(args.aa_epsilon)}'
     captions = {
         'accuracy': f'Accuracy in % on {args.dataset}, {args.split} split, n = {rows[0]["n"]:,}; '
         f'epsilon {radii}; seed {args.seed}, batch size {args.batch_size}.',
         'report': 'Predictions on the PGD-20 examples: mean entropy in nats, standard deviation of '
-        f'w with tau = 1, entropies above {t:g} and accuracies in %.'}
-    heads = {'sd_of_w': 'sd of w', 'high_entropy': f'above {t:g}', 'accuracy_high_entropy':
-             f'accuracy above {t:g}', 'accuracy_low_entropy': f'accuracy up to {t:g}'}
+        f'w with tau = 1, entropies above {args.entropy_threshold:g} and accuracies in %.'}
     for part in [part for part in captions if rows[0][part]]:
-        columns = [heads.get(k, k) for k in rows[0][part]]
+        columns = [k.replace('_', ' ') for k in rows[0][part]]
         print(f'{captions[part]}\n\n| model | {" | ".join(columns)} |')
         print('| :-- |' + ' --: |' * len(columns))
-        lines = [(row['model'], row[part], None) for row in rows]
-        lines += [(f'{g["name"]}: mean ± sd', *g[part].values()) for g in seed_means(groups)]
-        for name, means, sds in lines:
-            cells = [name.replace('|', '/')]
-            for k, v in means.items():
-                factor, digits = (1, 3) if k in ('entropy', 'sd_of_w') else (100, 2)
-                sd = f' ± {factor * sds[k]:.{digits}f}' if sds else ''
-                cells.append('-' if math.isnan(v) else f'{factor * v:.{digits}f}{sd}')
-            print(f'| {" | ".join(cells)} |')
+        lines = [(row['model'], row[part]) for row in rows]
+        for seeds in seed_means(groups):
+            lines += [(f'{seeds["name"]}: {kind}', seeds[part][kind]) for kind in ('mean', 'sd')]
+        for name, values in lines:
+            cells = [f'{v:.3f}' if k in ('entropy', 'sd_of_w') else f'{100 * v:.2f}'
+                     for k, v in values.items()]
+            print(f'| {" | ".join([name, *cells])} |')
         print(flush=True)
 
 
-def write_json(path, args, rows, groups):
+def write_json(args, rows, groups):
     keys = 'model', 'path', 'n', 'weights', 'accuracy', 'stderr', 'report', 'warnings'
     content = dict(versions=args.versions, args=vars(args), seeds=seed_means(groups),
                    models=[{k: row[k] for k in keys} for row in rows])
-    with models.atomic_write(path) as f:  # JSON has no NaN: null
+    with models.atomic_write(args.json) as f:  # JSON has no NaN: null
         json.dump(json.loads(json.dumps(content), parse_constant=lambda _: None), f, indent=1)
 
 
-def write_outcomes(path, args, rows, groups):
-    arrays = {}
-    for name in MEASURES:
-        a = np.array([[outcome[name] for outcome in row['outcomes'].values()] for row in rows])
-        arrays[name] = a if name == 'correct' else a.astype(np.float16)
-    with models.atomic_write(path, 'wb') as f:
+def write_outcomes(args, rows, labels):
+    arrays = {name: np.array([[outcome[name] for outcome in row['outcomes'].values()]
+                              for row in rows], bool if name == 'correct' else np.float16)
+              for name in MEASURES}
+    with models.atomic_write(args.save_outcomes, 'wb') as f:
         np.savez_compressed(f, models=args.names, columns=list(rows[0]['outcomes']),
-                            labels=rows[0]['labels'].cpu(), **arrays)
+                            labels=labels.cpu(), **arrays)
 
 
 # ---------------------------------------------------------------- figures
 @contextlib.contextmanager
-def figure(path, panels=1, height=2.5, **options):
+def figure(args, name, panels=1, height=2.5, **options):
     """The axes of a figure, one for each panel; saved as PNG and PDF at the end."""
     rows, columns = math.ceil(panels / 2), min(panels, 2)
     with matplotlib.rc_context(STYLE):
@@ -416,74 +404,63 @@ def figure(path, panels=1, height=2.5, **options):
         for ax in axes[panels:]:
             ax.set_axis_off()
         for kind in ('png', 'pdf'):
-            fig.savefig(f'{path}.{kind}', dpi=200, bbox_inches='tight')
+            fig.savefig(f'{args.figures}/{name}.{kind}', dpi=200, bbox_inches='tight')
 
 
-def plot_entropy_histogram(path, args, rows, groups):
+def plot_entropy_histogram(args, groups):
     """Figures 2 and 4b: entropies of the PGD-20 examples; a panel for each method."""
     edges = np.linspace(0, math.log(len(args.classes)), 31)
     methods = list(dict.fromkeys(group.method for group in groups))
-    with figure(path, len(methods), sharey=True) as axes:
+    with figure(args, 'entropy_histogram', len(methods), sharey=True) as axes:
         for group in groups:
             ax = axes[methods.index(group.method)]
             h = np.clip([row['outcomes']['pgd20']['entropy'] for row in group.rows], 0, edges[-1])
             ax.stairs(100 * np.histogram(h, edges)[0] / h.size, edges, label=group.title,
                       color=group.color, linestyle=group.line)
             ax.axvline(args.entropy_threshold, color='0.5', linewidth=0.6)
-            ax.set(xlabel='entropy on PGD-20 examples (nats)')
+            ax.set(xlabel='entropy on PGD-20 examples (nats)', ylabel='share of examples (%)')
             ax.legend()
-        for ax in axes[::2]:  # the left ones
-            ax.set(ylabel='share of examples (%)')
 
 
-def plot_entropy_vs_robustness(path, args, rows, groups):
+def plot_entropy_vs_robustness(args, groups):
     """Figure 4a: the share of high-entropy examples and the accuracy in the worst case."""
-    attack = 'worst' if 'worst' in rows[0]['accuracy'] else 'pgd20'
-    with figure(path) as (ax,):
+    attack = 'worst' if 'worst' in groups[0].rows[0]['accuracy'] else 'pgd20'
+    with figure(args, 'entropy_vs_robustness') as (ax,):
         for group in groups:
             points = 100 * np.array([(row['report']['high_entropy'], row['accuracy'][attack])
                                      for row in group.rows])
             xerr, yerr = points.std(0, ddof=1) if len(points) > 1 else (None, None)
             ax.errorbar(*points.mean(0), yerr, xerr, group.marker, color=group.color,
-                        fillstyle='full' if group.marker == 'o' else 'none', elinewidth=0.6,
-                        label=group.title)
+                        fillstyle='none', elinewidth=0.6, label=group.title)
         ax.set(xlabel=f'PGD-20 examples with entropy above {args.entropy_threshold:g} nats (%)',
-               ylabel=f'accuracy (%), {WRITTEN[attack]}')
+               ylabel=f'accuracy (%), {attack}')
 
 
-def plot_pgd_vs_worst(path, args, rows, groups):
-    """By how many points PGD-20 overestimates robustness; small marks: seeds, large: their mean."""
-    marks = {'pgd20': dict(marker='o', fillstyle='none'), 'worst': dict(marker='D'),
-             'autoattack': dict(marker='x')}
-    marks = {k: mark for k, mark in marks.items() if k in rows[0]['accuracy']}
-    lines = len(groups) * max(group.title.count('\n') + 1 for group in groups)
-    with figure(path, height=1 + 0.14 * len(groups) + 0.11 * lines) as (ax,):
+def plot_pgd_vs_worst(args, groups):
+    """By how many points PGD-20 overestimates robustness: each seed, a line between the means."""
+    marks = {'pgd20': '|', 'worst': 'D', 'autoattack': 'x'}
+    marks = {k: mark for k, mark in marks.items() if k in groups[0].rows[0]['accuracy']}
+    with figure(args, 'pgd_vs_worst', height=1 + 0.36 * len(groups)) as (ax,):
         for i, group in enumerate(groups):
-            mean = {}
-            for attack, mark in marks.items():
-                seeds = [100 * row['accuracy'][attack] for row in group.rows]
-                mean[attack] = np.mean(seeds)
-                if len(seeds) > 1:
-                    ax.plot(seeds, [i] * len(seeds), color=group.color, linestyle='', markersize=2,
-                            **mark)
-                ax.plot(mean[attack], i, color=group.color, linestyle='', **mark)
-            ends = mean['worst'], mean['pgd20']
+            values = {k: [100 * row['accuracy'][k] for row in group.rows] for k in marks}
+            for attack, seeds in values.items():
+                ax.plot(seeds, [i] * len(seeds), marks[attack], color=group.color)
+            ends = np.mean(values['worst']), np.mean(values['pgd20'])
             ax.plot(ends, [i, i], color=group.color, linestyle=group.line)
             ax.annotate(f'{ends[1] - ends[0]:.1f}', (ends[0], i), (4, 3), fontsize=6,
                         textcoords='offset points')
         for attack, mark in marks.items():
-            ax.plot([], [], color='0.2', label=WRITTEN[attack], linestyle='', **mark)
+            ax.plot([], [], mark, color='0.2', label=attack)
         ax.set_yticks(range(len(groups)), [group.title for group in groups])
         ax.set(xlabel='robust accuracy (%)', ylim=(len(groups) - 0.5, -0.7))
 
 
-def plot_tsne(path, args, rows, groups):
+def plot_tsne(args, groups, images, labels):
     """Figure 3: t-SNE of the last layer's input on PGD-20 examples of two classes; first seeds."""
     from sklearn.manifold import TSNE  # slow to import
-    images, labels = rows[0]['images'], rows[0]['labels']
     index = torch.cat([(labels == k).nonzero()[:500, 0] for k in (0, 1)])  # t-SNE is slow
     y = labels[index].cpu().numpy()
-    with figure(path, len(groups)) as axes:
+    with figure(args, 'tsne', len(groups)) as axes:
         for ax, group in zip(axes, groups):
             model, inputs = group.rows[0]['network'], []
             last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
@@ -495,18 +472,16 @@ def plot_tsne(path, args, rows, groups):
                     predict(model, x_adv)
             tsne = TSNE(perplexity=min(30, (len(y) - 1) / 3), init='pca', random_state=args.seed)
             points = tsne.fit_transform(np.concatenate(inputs))
-            for k, marker, color in zip((0, 1), 'o^', COLORS.values()):
+            for k, marker, color in zip((0, 1), 'o^', COLORS):
                 ax.scatter(*points[y == k].T, s=5, c=color, marker=marker, label=args.classes[k])
             ax.set(title=group.title, xticks=[], yticks=[])
 
 
 # ---------------------------------------------------------------- the command
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(usage='%(prog)s --model-path PATH [PATH ...] [options]',
-                                     allow_abbrev=False, description=__doc__,
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(  # one line, without the usage
-        2, f'{parser.prog}: error: {" ".join(str(message).split())}\n')
     add = parser.add_argument
     add('--model-path', nargs='+', required=True, metavar='PATH',
         help='checkpoints, or run directories, whose best.pt is used')
@@ -551,7 +526,7 @@ def parse_args(argv=None):
 
 
 def prepare(args, device):
-    """The models' rows, without the numbers that attacks give; completes args.
+    """The models' rows, without the numbers that attacks give; images; labels. Completes args.
 
     Raises ValueError or OSError with one line for whatever the user may have to correct.
     """
@@ -566,8 +541,7 @@ def prepare(args, device):
     args.classes = data.class_names(args.dataset, args.data_dir)
     num_classes = len(args.classes)
     if {'autoattack', 'apgd-t'} & {*args.attacks} and num_classes < 4:
-        raise ValueError('the loss of apgd-t, a part of autoattack, needs at least 4 classes; '
-                         'apgd-ce, fab-t and square work')
+        raise ValueError('apgd-t, which is a part of autoattack, needs at least 4 classes')
     for path in filter(None, (args.json, args.save_outcomes, args.figures and f'{args.figures}/')):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     images, labels = data.load_data(args.dataset, args.data_dir, args.split == 'train',
@@ -585,14 +559,12 @@ def prepare(args, device):
             raise ValueError(f'{path}: the network does not take images {tuple(images.shape[1:])} '
                              f'of {args.dataset}: {error}') from None
         if clean < LOW_CLEAN.get(args.dataset, 0.3) and not saved:
-            texts.append(f'only {clean:.1%} of the first {len(y)} images are classified correctly; '
-                         'perhaps the network needs --normalize, another --dataset or '
-                         '--arch preactresnet18-raw')
-        rows.append(dict(
-            model=name, path=path, about=saved, network=model, images=images, labels=labels,
-            n=len(labels), weights=weights, warnings=texts,
-            identity=[args.versions, weights, fingerprint, checksum]))
-    return rows
+            texts.append(f'classifies only {clean:.1%} of {len(y)} images correctly: perhaps it '
+                         'needs --normalize, --arch preactresnet18-raw or another --dataset')
+        rows.append(dict(model=name, path=path, about=saved, network=model, n=len(labels),
+                         weights=weights, warnings=texts,
+                         identity=[args.versions, weights, fingerprint, checksum]))
+    return rows, images, labels
 
 
 def main(argv=None):
@@ -612,29 +584,28 @@ def main(argv=None):
             atexit.register(time.sleep, 1)  # runs first: torch 2.4 hangs if gloo is still busy
         if rank > 0:
             dist.barrier()  # the first process downloads what is missing
-        rows = prepare(args, device)
+        rows, images, labels = prepare(args, device)
         if rank == 0 and world_size > 1:
             dist.barrier()
         for row in rows:
-            evaluate_row(args, row, rank)
+            evaluate_row(args, row, images, labels, rank)
+        if rank > 0:
+            return
+        groups = group_seeds(rows)
+        print_tables(args, rows, groups)
+        if args.json:
+            write_json(args, rows, groups)
+        if args.save_outcomes:
+            write_outcomes(args, rows, labels)
+        if args.figures:
+            plot_entropy_histogram(args, groups)
+            plot_entropy_vs_robustness(args, groups)
+            if 'worst' in rows[0]['accuracy']:
+                plot_pgd_vs_worst(args, groups)
+            plot_tsne(args, groups, images, labels)
     except (OSError, ValueError, RuntimeError) as error:
-        parser.error(error)
-    if rank > 0:
-        return
-    outputs = {'the table': print_tables, args.json: write_json, args.save_outcomes: write_outcomes}
-    if args.figures:
-        plots = [plot_pgd_vs_worst] if 'worst' in rows[0]['accuracy'] else []
-        plots += [plot_entropy_histogram, plot_entropy_vs_robustness, plot_tsne]
-        outputs |= {f'{args.figures}/{plot.__name__.removeprefix("plot_")}': plot for plot in plots}
-    for path in filter(None, outputs):
-        try:
-            outputs[path](path, args, rows, group_seeds(rows))
-        except Exception as error:  # a figure may raise anything
-            sys.exit(f'Cannot write {path}: {type(error).__name__}: {error}')
+        parser.error(' '.join(str(error).split()))
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit('Interrupted; the same command continues the evaluation.')
+    main()

@@ -1,10 +1,8 @@
 """The commands, end to end; in this process, except where the process itself is what is tested."""
 import argparse
 import collections
-import contextlib
 import copy
 import csv
-import errno
 import functools
 import hashlib
 import importlib
@@ -15,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -23,7 +20,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -36,6 +33,7 @@ import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 import torchvision.transforms.functional as TF
+from PIL import Image
 
 import data
 import evaluate
@@ -58,55 +56,46 @@ EACH_STEP = '--save-every-minutes 1e-9'
 every_algorithm = pytest.mark.parametrize('algorithm', ALGORITHMS)
 
 # A network as people write them, with a layer that is not used and a frozen weight; and bad ones
-NETS = """import torch, torch.nn as nn, helper
+NETS = """from __future__ import annotations
+import dataclasses, torch, torch.nn as nn, helper
+@dataclasses.dataclass
+class Settings:
+    width: int = 6
 class Net(nn.Module):
     def __init__(self, num_classes, fault=None):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6)
+        self.conv, self.bn = nn.Conv2d(1, Settings().width, 3, 2), nn.BatchNorm2d(6)
         self.drop, self.sub_block1 = nn.Dropout(0.2), nn.Linear(54, num_classes)
+        self.sub_block1 = nn.utils.parametrizations.weight_norm(self.sub_block1)
         self.unused, self.fault = nn.Linear(3, 3), fault
         self.frozen = nn.Linear(num_classes, num_classes).requires_grad_(False)
+        for name, value in (('mask', [0, -torch.inf]), ('mean', [0.0]), ('std', [1.0])):
+            self.register_buffer(name, torch.tensor(value))
     def forward(self, x):
         x = {'detach': x.detach, 'change': lambda: x.sub_(1)}.get(self.fault, lambda: x)()
-        x = self.bn(self.conv(x)).relu()
-        x = self.frozen(self.sub_block1(self.drop(x.view(x.size(0), -1))))
+        x = self.bn(self.conv((x - self.mean) / self.std)).relu()
+        x = self.frozen(self.sub_block1(self.drop(x.view(x.size(0), -1)))) + self.mask[0]
         return (x, x) if self.fault == 'tuple' and self.training else x
+detach, change, tuple = (lambda num_classes, f=f: Net(num_classes, f) for f in (
+    'detach', 'change', 'tuple'))
 class Linear(nn.Linear):
     def forward(self, x):
         helper.calls.append(len(x))
         return helper.change(super().forward(helper.before(x).flatten(1)))
 linear = lambda num_classes: Linear(64, num_classes)
-plain = lambda num_classes, p=0: nn.Sequential(
-    nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(p), nn.Linear(16, num_classes))
-dropout = lambda num_classes: plain(num_classes, 0.2)
-detach, change, tuple = (lambda num_classes, f=f: Net(num_classes, f) for f in (
-    'detach', 'change', 'tuple'))
+class Half(nn.Linear):  # of uniform predictions
+    def forward(self, x):
+        return 0 * super().forward(x.flatten(1)).bfloat16()
+half = lambda num_classes: Half(64, num_classes)
+plain = lambda num_classes: nn.Sequential(
+    nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, num_classes))
 norm = lambda num_classes: nn.Sequential(
     nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, num_classes))
-eleven, colored, empty, number = lambda: Net(11), lambda: nn.Conv2d(3, 5, 8), nn.Flatten, lambda: 5
+eleven, colored, number = lambda: Net(11), lambda: nn.Conv2d(3, 5, 8), lambda: 5
 raises = lambda: 1 / 0
-class Stateful(nn.Sequential):
-    def get_extra_state(self):
-        return 5
-    def set_extra_state(self, state):
-        pass
-state = lambda num_classes: Stateful(plain(num_classes))
-def buffer(num_classes, value=torch.ones(1).expand(3)):
+def buffer(num_classes):
     network = plain(num_classes)
-    network.register_buffer('extra', value)
-    return network
-nan = lambda num_classes: buffer(num_classes, torch.tensor(float('nan')))
-class Root(nn.Sequential):
-    def forward(self, x):  # 0 on images, but its gradient is not a number
-        penalty = (x - x.clamp(0, 1)).flatten(1).pow(2).sum(1, keepdim=True).sqrt()
-        return super().forward(x) - penalty
-root = lambda num_classes: Root(plain(num_classes))
-class Half(nn.Linear):  # uniform at first
-    def forward(self, x):
-        return super().forward(x.flatten(1)).bfloat16()
-def half(num_classes):
-    network = Half(64, num_classes)
-    nn.init.zeros_(network.weight), nn.init.zeros_(network.bias)
+    network.register_buffer('extra', torch.ones(1).expand(3))
     return network
 """
 
@@ -173,7 +162,7 @@ def flags_of(algorithm, flags):
     return script(algorithm).parse_args(flags.split())[1]
 
 
-@contextlib.contextmanager
+@contextmanager
 def hooks(step=lambda optimizer, n: None, forward=lambda network, x: None):
     """Call step(optimizer, n) after the n-th step, and forward(network, x) after each forward pass
     of a whole network, except the trial passes before a run, on 2 and 3 images."""
@@ -205,7 +194,7 @@ def in_child(algorithm, flags, step=kill(0), **environment):
 
 
 def run_pair(algorithm, flags, step=kill(0)):
-    """Train in two processes, the second with step as a hook; their exit statuses."""
+    """Train in two processes, the second with step as a hook. Return their exit statuses."""
     with socket.create_server(('localhost', 0)) as probe:
         port = str(probe.getsockname()[1])
     children = [in_child(algorithm, flags, hook, RANK=str(rank), WORLD_SIZE='2', MASTER_PORT=port,
@@ -215,6 +204,10 @@ def run_pair(algorithm, flags, step=kill(0)):
 
 def last_of(directory='run', name='last'):
     return models.load(f'{directory}/{name}.pt')
+
+
+def losses_of(directory='run'):
+    return [row['loss'] for row in last_of(directory)['log']]
 
 
 def comparable(value):
@@ -241,13 +234,12 @@ def full_disk(patch, when, function='replace'):
     original = getattr(os, function)
     def patched(*args):
         if when(*args):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(28, 'No space left on device')
         return original(*args)
     patch.setattr(os, function, patched)
 
 
 # ---------------------------------------------------------------- what a run leaves
-
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """The eight methods, trained on a few images: {name: directory}."""
@@ -287,7 +279,6 @@ def test_defaults_are_the_protocol_of_the_paper(algorithm):
     assert defaults(names, '--dataset own.npz') == cifar[:-1] + ['crop']
     assert defaults('batch_size momentum tau seed') == [128, 0.9, 1, 1]
     assert defaults('lr_milestones epsilon', '--epochs 11 --epsilon 0.031') == [[10, 11], 0.031]
-    assert defaults('lr_milestones', '--epochs 121') == [[110, 116]]
     options = {'at': [{}, {}], 'trades': [{'beta': 6}] * 2, 'mart': [{'beta': 6}] * 2,
                'gairat': [{'psi': math.inf}, {'psi': -1}]}  # weights from half of the epochs on
     loss_options, args = script(algorithm).loss_options, flags_of(algorithm, '--epochs 11')
@@ -370,7 +361,6 @@ def test_learning_rates_of_each_schedule():
 
 
 # ---------------------------------------------------------------- killed and continued
-
 @pytest.mark.parametrize('flags', [EACH_STEP, f'{EACH_STEP} {EVERYTHING}', '--save-freq 1'])
 def test_a_run_killed_between_any_two_file_writes_continues_exactly(flags, monkeypatch):
     """Continue from copies of the directory, made before each file is put in place, as a kill would
@@ -433,14 +423,10 @@ def test_flags_can_be_changed_on_resuming_and_are_listed(runs):
     assert log[2]['lr'] == 0.01 and 'ema_pgd10' in log[2] and log[2]['seconds'] > log[1]['seconds']
 
 
-def test_milestones_follow_the_number_of_epochs_unless_they_are_given():
-    train('at', PLAIN, '--epochs 12 --model-dir whole')
-    rates = [row['lr'] for row in last_of('whole')['log']]
-    assert rates == pytest.approx([0.1] * 11 + [0.01])
-    for milestones in ('', '--lr-milestones 1'):
-        train('at', PLAIN, milestones, f'--model-dir run{milestones[-1:]}')
-        train('at', f'--arch net.py:plain --resume run{milestones[-1:]} --epochs 12')
-    assert same_run('run', 'whole') and last_of('run1')['log'][5]['lr'] == rates[-1]
+def test_given_milestones_stay_when_a_resumed_run_gets_more_epochs():
+    train('at', PLAIN, '--lr-milestones 1')
+    train('at', '--arch net.py:plain --resume run --epochs 3')
+    assert [row['lr'] for row in last_of()['log']] == pytest.approx([0.1, 0.01, 0.01])
 
 
 def test_with_another_batch_size_a_resumed_run_begins_its_epoch_again():
@@ -451,8 +437,7 @@ def test_with_another_batch_size_a_resumed_run_begins_its_epoch_again():
     with hooks(lambda optimizer, n: steps.append(n)):
         out, _ = train('at', '--resume run --arch net.py:plain --batch-size 4')
     assert '0 epochs and 0 steps are done' in out and 'batch_size 1 -> 4' in out
-    loss, = {round(last_of(name)['log'][0]['loss'], 5) for name in ('run', 'whole')}
-    assert len(steps) == 13 and loss > 1
+    assert len(steps) == 13 and losses_of() == pytest.approx(losses_of('whole'), abs=1e-5)
 
 
 def test_the_logged_entropy_of_a_half_precision_network_is_exact():
@@ -463,37 +448,29 @@ def test_the_logged_entropy_of_a_half_precision_network_is_exact():
 def test_a_run_that_cannot_be_continued_is_refused_by_name(runs):
     shutil.copytree(runs['at'], 'run')
     resume = '--arch net.py:Net --resume run'
-    assert '--model-dir' in refused('at', resume, '--model-dir other')
-    assert '--init-from' in refused('at', resume, '--init-from run')
-    assert '/last.pt' in refused('at', '--resume=')
-    for name in ('config.json', 'last.pt'):  # best.pt alone is a run as well
-        os.rename(f'run/{name}', name)
+    for flag in ('--model-dir', '--init-from'):
+        assert flag in refused('at', resume, flag, 'run')
+    os.rename('run/last.pt', 'last.pt')  # best.pt alone is a run as well
     assert 'contains a run' in refused('at', NET)
     os.rename('last.pt', 'run/last.pt')
     assert 'train_mart.py' in refused('mart', resume)
-    assert 'nowhere' in refused('at', '--resume nowhere')
     for name, flag in (('at', '--resume'), ('evaluate', '--model-path')):
         assert '--arch' in refused(name, flag, 'run')  # a file must not choose the code that is run
     good = Path('run/last.pt').read_bytes()
     for content in (good[:-1000], b'', saved(last_of()['state_dict'])):
         Path('run/last.pt').write_bytes(content)
         assert 'run' in refused('at', resume)
+    assert '/last.pt' in refused('at', '--resume=')
 
 
-def test_a_directory_in_which_another_process_trains_is_refused():
-    started, end = (multiprocessing.get_context('fork').Event() for _ in range(2))
-    child = in_child('at', PLAIN, lambda *_: (started.set(), end.wait(60)))
-    assert started.wait(60)
-    try:
-        assert 'another process' in refused('at', PLAIN)
-    finally:
-        end.set()
-        child.join(60)
-    assert child.exitcode == 0 and 'contains a run' in refused('at', PLAIN)
+def test_a_directory_in_which_a_run_is_training_is_refused():
+    told = []
+    with hooks(lambda optimizer, n: n > 1 or told.append(refused('at', PLAIN))):
+        train('at', PLAIN)
+    assert 'another process' in told[0] and 'contains a run' in refused('at', PLAIN)
 
 
 # ---------------------------------------------------------------- full disks and diverging runs
-
 @pytest.mark.parametrize('function, name', [('replace', ''), ('fsync', ''), ('replace', 'best.pt')])
 def test_training_continues_on_a_full_disk_and_saves_later(function, name, runs, monkeypatch):
     """The best.pt that is saved later holds the weights of epoch 1, not the current ones."""
@@ -532,7 +509,6 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_before_saving(step, wh
 
 
 # ---------------------------------------------------------------- several processes
-
 # Batches of 23 in shares of 12 and 11, and a last one of a single image: one share is empty
 SHARED = f'{PLAIN} --train-size 47 --batch-size 23'
 
@@ -560,16 +536,13 @@ def test_two_processes_stop_when_one_is_asked_to_and_continue_exactly():
 
 
 # ---------------------------------------------------------------- mistakes
-
 MISTAKES = [('at', *case) for case in [
     ('--dataset svhn', 'svhn'), ('--arch vgg', 'vgg'), ('--arch wideresnet29-10', 'wideresnet29'),
     ('--entropy', '--entropy'), ('--tau 2', '--entropy-weight'), ('--seed -1', 'seed'), *[
         (f'--epsilon {value}', '8/255') for value in ('8', '8/0', '0', 'nan')],
-    ('--epsilon x', 'pixels'), ('--step-size -1', '-1'), ('--momentum -1', 'momentum'),
-    ('--wd -1', 'weight'),
-    ('--ema 1', 'ema'), ('--awp-gamma -1', 'awp-gamma'), ('--lr-milestones -1', 'milestones'),
-    ('--compile fast', 'fast'), ('--awp-gamma 0.01', '--awp-warmup'),
-    ('--lr-milestones 5 3', 'increasing'), ('--lr-milestones 5 5', 'increasing'),
+    ('--step-size x', 'pixels'), ('--ema 1', 'ema'), ('--awp-gamma -1', 'awp-gamma'),
+    ('--awp-gamma 0.01', '--awp-warmup'), ('--lr-milestones -1', 'milestones'),
+    ('--lr-milestones 5 5', 'increasing'), ('--compile fast', 'fast'),
     ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
     ('--train-size 53', '52'), ('--test-size 21', '20'),
     ('--val-size 12', 'multiple'), ('--val-size 50', '50'), ('--val-size -5', 'val-size'),
@@ -581,11 +554,8 @@ MISTAKES = [('at', *case) for case in [
     ('--arch net.py:raises', 'division by zero'), ('--arch net.py:eleven', '11'),
     ('--arch net.py:colored', '(3, 1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
     ('--arch net.py:tuple', 'train mode'), ('--arch net.py:detach', 'gradient'),
-    ('--arch net.py:change', 'in-place'), ('--arch net.py:root', 'finite gradient'),
-    ('--arch net.py:state', 'state_dict'), ('--arch net.py:nan', 'not finite'),
-    ('--arch net.py:buffer', 'extra'), ('--arch net.py:empty', '(3, 64)'),
-    ('--arch net.py:norm --batch-size 17', '(1, 1, 8, 8)'),  # the last of 52
-    ('--arch net.py:norm --train-size 1', '(1, 1, 8, 8)'), *[
+    ('--arch net.py:change', 'in-place'), ('--arch net.py:buffer', 'extra'),
+    ('--arch net.py:norm --batch-size 17', '(1, 1, 8, 8)'), *[  # the last of 52
         (f'{flag} {value}', '') for value in ('0', '-1', 'nan', 'many') for flag in (
             '--lr', '--entropy-weight --tau', '--batch-size', '--epochs', '--num-steps',
             '--extra-data extra.npz --extra-fraction')]]] + [
@@ -603,7 +573,6 @@ LABELS = np.arange(52) % 5
 
 @pytest.mark.parametrize('changed, told', [
     ({'train_images': GRAY.transpose(0, 3, 1, 2)}, '(N, H, W, C)'),
-    ({'train_images': GRAY[..., 0]}, '(52, 8, 8)'),
     ({'train_images': GRAY % 2}, '0 to 255'), ({'train_images': GRAY / 255}, 'float64'),
     ({'train_labels': LABELS + 1}, '0 to K - 1'), ({'train_labels': LABELS * 2}, '0 to K - 1'),
     ({'train_labels': LABELS - 1}, 'whole'), ({'train_labels': LABELS * 1.0}, 'whole'),
@@ -624,46 +593,21 @@ def test_the_first_images_of_a_file_that_is_sorted_by_class_are_refused():
     train('at', PLAIN, '--test-size 20')
 
 
-@pytest.mark.parametrize('dataset, values', [
-    ('cifar10', ['8/255', '2/255', '110', '0.1', 'preactresnet18']),
-    ('digits', ['0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn', '0'])])
 @every_algorithm
-def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values):
-    out, _ = train(algorithm, '--help --dataset', dataset)
+def test_help_shows_the_values_that_will_be_used(algorithm):
+    out, _ = train(algorithm, '--help --dataset digits')
     assert 'None' not in out and '--resume DIR' in out
-    assert all(f'(default: {value})' in ' '.join(out.split()) for value in values)
+    for value in ('0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn', '0'):
+        assert f'(default: {value})' in ' '.join(out.split())
     assert 'cifar10 8/255' in command('--help')[0]
 
 
 # ---------------------------------------------------------------- own networks, images and weights
-
 def test_a_custom_network_receives_contiguous_images():
     images = GRAY.repeat(3, 3)  # of one channel in the other tests
     own_images(train_images=images, test_images=images[:20])
     Path('net.py').write_text(NETS.replace('Conv2d(1', 'Conv2d(3'))
     train('at', NET, '--epochs 1 --ema 0.9')
-
-
-def test_masks_dataclasses_and_parametrized_layers_work():
-    Path('odd.py').write_text("""from __future__ import annotations
-from dataclasses import dataclass
-import torch, torch.nn as nn
-@dataclass
-class Settings:
-    width: int = 64
-class Odd(nn.Sequential):
-    def __init__(self, num_classes):
-        linear = nn.Linear(Settings().width, num_classes, dtype=torch.bfloat16)
-        super().__init__(nn.Flatten(), nn.utils.parametrizations.weight_norm(linear))
-        self.register_buffer('mask', torch.tensor([0, -torch.inf]))
-    def forward(self, x):
-        return super().forward(x.bfloat16()).float() + self.mask[0]
-""")
-    for directory, gamma in (('plain', 0), ('awp', 0.1)):
-        train('at', OWN, f'--arch odd.py:Odd --lr 1 --awp-warmup 0 --awp-gamma {gamma}',
-              f'--model-dir {directory}')
-    assert last_of('plain')['log'][0]['loss'] != last_of('awp')['log'][0]['loss']
-    assert 'pgd20' in command('--attacks pgd20 --no-cuda --arch odd.py:Odd --model-path awp')[0]
 
 
 def test_extra_images_fill_their_share_of_each_batch_and_are_drawn_evenly():
@@ -679,7 +623,7 @@ def test_extra_images_fill_their_share_of_each_batch_and_are_drawn_evenly():
         assert {sum(i >= 52 for i in batch) for batch in epoch} == {7}
         counts = np.bincount(sum(epoch, []), minlength=82)
         assert set(counts[:52]) == {0, 1} and set(counts[52:]) == {1, 2}  # 42 draws of 30
-    assert sorted(data.draw(99, 99).tolist()) == list(range(99)) != data.draw(99, 99).tolist()
+    assert clean[:6] != clean[6:]
 
 
 @pytest.mark.parametrize('start', ['ew-at', 'ew-at/last.pt', 'bare.pt'])
@@ -701,22 +645,21 @@ def test_directory_names_contain_each_flag_that_changes_the_result():
         return flags_of(algorithm, flags).model_dir
     assert name('') == name('--lr 0.1 --batch-size 128') == 'runs/cifar10-trades-seed1'
     assert name('--entropy-weight --beta 5.5') == 'runs/cifar10-ew-trades-beta5.5-seed1'
-    values = dict(
-        epochs=[30], num_steps=[7], batch_size=[64], train_size=[9], test_size=[9], val_size=[10],
-        beta=[5, 5.5], epsilon=['4/255', 0.03], step_size=[0.003], augment=['crop', 'none'],
-        extra_data=['x/a.npz', 'x/b.npz'], extra_fraction=[0.5], arch=['resnet18', 'n.py:A'],
-        init_from=['a/last.pt', 'b/last.pt', 'r/s-beta5.5-seed1', 'r/s-beta5.5-seed2'], lr=[0.2],
-        lr_schedule=['cosine', 'onecycle'], lr_milestones=['3 4', 34, ''], momentum=[0.8], seed=[2],
-        weight_decay=[2e-4], awp_gamma=[0.005, 0.01], awp_warmup=[3], ema=[0.995, 0.99],
-        dataset=['mnist', 'digits', 'own.npz'], tau=['2 --entropy-weight', 'inf --entropy-weight'])
-    flags = ['', '--amp', '--no-amp', '--compile', '--compile max-autotune', '--entropy-weight']
-    flags += [f'--{k.replace("_", "-")} {v}' for k, several in values.items() for v in several]
-    names = {name(flag) for flag in flags}
-    assert len(names) == len(flags) and all(re.fullmatch(r'runs/[\w.-]+', n) for n in names)
-    others = '--save-freq 3', '--data-dir x', '--no-cuda', '--save-every-minutes 1'
-    assert {name(flag) for flag in others} == {name('')}
-    assert set(vars(flags_of('trades', ''))) == {*values, 'resume', 'model_dir', 'data_dir', 'amp',
-        'compile', 'entropy_weight', 'no_cuda', 'save_freq', 'save_every_minutes'}, 'test new flags'
+    flags = """epochs 30, num-steps 7, batch-size 64, train-size 9, test-size 9, val-size 10,
+        beta 5, beta 5.5, epsilon 4/255, epsilon 0.03, step-size 0.003, augment crop, augment none,
+        amp, extra-data x/a.npz, extra-data x/b.npz, extra-fraction 0.5, arch resnet18, arch n.py:A,
+        init-from a/last.pt, init-from b/last.pt, init-from r/s-seed1, init-from r/s-seed2, lr 0.2,
+        lr-schedule cosine, lr-schedule onecycle, lr-milestones 3 4, lr-milestones 34, momentum 0.8,
+        lr-milestones, seed 2, weight-decay 2e-4, awp-gamma 0.005, awp-gamma 0.01, awp-warmup 3,
+        ema 0.995, ema 0.99, dataset mnist, dataset digits, dataset own.npz, no-amp, compile,
+        entropy-weight, entropy-weight --tau 2, entropy-weight --tau inf, compile max-autotune"""
+    flags = [' '.join(flag.split()) for flag in flags.split(',')]
+    others = 'save-freq 3', 'data-dir x', 'no-cuda', 'save-every-minutes 1'
+    names = {name(f'--{flag}') for flag in flags} | {name('')}
+    assert len(names) == len(flags) + 1 and all(re.fullmatch(r'runs/[\w.-]+', n) for n in names)
+    assert {name(f'--{flag}') for flag in others} == {name('')}
+    tested = {flag.split()[0].replace('-', '_') for flag in (*flags, *others)} - {'no_amp'}
+    assert {*vars(flags_of('trades', ''))} - tested == {'resume', 'model_dir', 'tau'}
     assert '3' in name('--begin-epoch 3', 'gairat') and '2.5' in name('--psi 2.5', 'gairat')
     assert len(name(f'--init-from {"very/long/" * 40}{"x" * 200}.pt')) < 150
 
@@ -729,13 +672,11 @@ def test_three_files_train_a_network_with_both_outputs_closed():
 
 
 # ---------------------------------------------------------------- AWP, averaged weights, speed
-
 def test_weight_perturbation_moves_weights_along_their_gradient_and_is_undone_exactly():
-    model, x, y = models.build_model('wideresnet10-1').double(), torch.rand(3, 3, 8, 8), [0, 1, 2]
+    model, x = models.build_model('wideresnet10-1').double(), torch.rand(3, 3, 8, 8).double()
     before = copy.deepcopy(model.state_dict())
     with models.frozen_statistics(model):
-        F.cross_entropy(model(x.double()), torch.tensor(y)).backward()
-    assert comparable(model.state_dict()) == comparable(before)
+        F.cross_entropy(model(x), torch.arange(3)).backward()
     kept = models.perturb_weights(model, 0.02)
     for name, p in model.named_parameters():
         moved = before[name] + 0.02 * before[name].norm() / p.grad.norm() * p.grad
@@ -785,7 +726,7 @@ def test_a_step_uses_the_mean_loss_of_the_batch_and_logs_it():
     y = labels[torch.cdist(x_adv.flatten(1), data.to_float(images).flatten(1)).argmin(1)]
     loss = train_at.at_loss(net, x_adv, y, None, entropy_weight=True, tau=2, adv=x_adv)
     loss.backward()
-    assert last_of()['log'][0]['loss'] == pytest.approx(loss.item(), rel=1e-5)
+    assert losses_of() == pytest.approx([loss.item()], rel=1e-5)
     assert all(torch.allclose(p.grad, q.grad, rtol=1e-4) for p, q in zip(net.parameters(), grads))
 
 
@@ -799,8 +740,8 @@ def test_bfloat16_agrees_within_its_precision_and_uses_current_weights(runs):
         assert torch.allclose(model(x), half + 1, atol=0.02) and half.dtype == torch.float32
     assert torch.allclose(full, half, atol=0.02) and not torch.equal(full, half)
     train('at', NET, '--amp')
-    losses = [[row['loss'] for row in last_of(path)['log']] for path in ('run', runs['at'])]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+    full, half = losses_of(runs['at']), losses_of()
+    assert half == pytest.approx(full, rel=0.05) and half != full
 
 
 def test_a_run_compiles_its_network_only_in_the_first_epoch(monkeypatch, runs):
@@ -810,8 +751,7 @@ def test_a_run_compiles_its_network_only_in_the_first_epoch(monkeypatch, runs):
     with hooks(lambda optimizer, n: after.append(len(graphs))):
         train('at', NET, '--compile --ema 0.9')
     assert 0 < after[0] and after[4] == after[-1] == len(graphs) <= 6  # nor for a last batch of 4
-    losses = [[row['loss'] for row in last_of(path)['log']] for path in ('run', runs['at'])]
-    assert losses[0] == losses[1]
+    assert losses_of() == losses_of(runs['at'])
 
 
 def test_outputs_are_copied_before_a_cuda_graph_overwrites_them(monkeypatch):
@@ -825,7 +765,6 @@ def test_outputs_are_copied_before_a_cuda_graph_overwrites_them(monkeypatch):
 
 
 # ---------------------------------------------------------------- on a GPU
-
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 GPU = NET.replace('--no-cuda', '')
 
@@ -866,11 +805,8 @@ def test_a_run_on_a_gpu_continues_and_resembles_one_on_the_cpu(flags):
     with hooks(kill(signal.SIGTERM, 6)):
         train('trades', GPU, flags, status=143)
     train('trades', '--resume run --arch net.py:Net')
-    losses = [[row['loss'] for row in last_of(directory)['log']] for directory in ('run', 'cpu')]
-    assert losses[0] == pytest.approx(losses[1], rel=0.1) and last_of()['device'] == 'cuda'
-
-
-CIFAR10, CIFAR100 = models.NORMALIZATIONS.values()
+    assert losses_of() == pytest.approx(losses_of('cpu'), rel=0.1)
+    assert last_of()['device'] == 'cuda'
 
 
 def refuses(told, function, *args, **options):
@@ -881,17 +817,7 @@ def refuses(told, function, *args, **options):
 
 
 # ---------------------------------------------------------------- networks
-
-@pytest.mark.parametrize('arch, parameters', [
-    ('preactresnet18', 11_172_170), ('resnet18', 11_173_962), ('resnet34', 21_282_122),
-    ('resnet50', 23_520_842), ('wideresnet28-10', 36_479_194), ('wideresnet34-10', 46_160_474),
-    ('preactresnet18-swish', 12_548_426), ('wideresnet28-10-swish', 36_479_194),
-    ('smallcnn', 312_202)])
-def test_networks_have_the_published_size_and_are_inferred_from_their_weights(arch, parameters):
-    with torch.device('meta'):
-        model = models.build_model(arch, in_channels=1 if arch == 'smallcnn' else 3)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
-    assert models.infer_arch(model.state_dict())[0] == arch
+CIFAR10, CIFAR100 = models.NORMALIZATIONS.values()
 
 
 @torch.no_grad()
@@ -922,13 +848,12 @@ def test_names_and_logits_are_those_of_the_published_networks(arch, options, exp
 def test_smallcnn_starts_with_zero_logits_and_has_the_names_of_trades():
     model = models.build_model('smallcnn', 7, 1)
     assert not model(torch.rand(2, 1, 28, 28)).any()
-    layers = [*(f'feature_extractor.conv{i}' for i in (1, 2, 3, 4)),
-              *(f'classifier.fc{i}' for i in (1, 2, 3))]
-    assert [name[:-7] for name in model.state_dict() if 'weight' in name] == layers
+    assert ' '.join(name[:-7] for name in model.state_dict() if 'weight' in name) == (
+        'feature_extractor.conv1 feature_extractor.conv2 feature_extractor.conv3 '
+        'feature_extractor.conv4 classifier.fc1 classifier.fc2 classifier.fc3')
 
 
 # ---------------------------------------------------------------- files of weights
-
 @pytest.fixture(scope='module')
 def network():
     model = models.build_model('wideresnet10-1')
@@ -951,7 +876,6 @@ WRAPS = {
     **{key: lambda s, key=key: {key: {'n_averaged': torch.tensor(3)} | prefixed('module.')(s),
                                 'state_dict': {k: 0 * v for k, v in s.items()}}
        for key in ('ema_state_dict', 'model_ema')},
-    'no averages yet': lambda s: {'ema_state_dict': None, 'model_ema': {}, 'state_dict': s},
     'a name and a module': lambda s: {'model': 'wideresnet', 'net': nn.ReLU(), 'last': s},
     **{prefix: prefixed(prefix) for prefix in (
         'module.', '_orig_mod.', 'module.0.', 'wrapper.of.it.', 'model.module.0._orig_mod.')},
@@ -997,10 +921,9 @@ def archive(pickled):
 CHANGE = b'\nN}(S"dump_patches"\nI01\nS"__defaults__"\n(I1\ntu\x86b.'  # sets two attributes
 ATTACKS = [saved({'x': Evil()}), saved({'x': Evil()}, False), pickle.dumps(Evil(), 0),
            pickle.dumps(Evil(), 5), archive(b'cos\nsystem\n(S"touch ran"\ntR.'),
-           *(archive(b'}S"x"\nctorch\n' + name + b'\ns.') for name in (
-               b'ctypes.cdll.no.Storage', b'storage.UntypedStorage')),
-           *(archive(b'ctorch' + name + CHANGE) for name in (
-               b'\nTypedStorage', b'\nFloatStorage', b'._utils\n_rebuild_tensor_v2'))]
+           archive(b'ctorch\nctypes.cdll.no.Storage\n.'), archive(b'ctorch\nTypedStorage' + CHANGE),
+           archive(b'ctorch\nFloatStorage' + CHANGE),
+           archive(b'ctorch._utils\n_rebuild_tensor_v2' + CHANGE)]
 
 
 @pytest.mark.parametrize('attack', range(len(ATTACKS)))
@@ -1008,11 +931,10 @@ def test_a_checkpoint_can_neither_run_code_nor_change_torch(attack):
     Path('a.pt').write_bytes(ATTACKS[attack])
     rebuild = torch._utils._rebuild_tensor_v2.__defaults__
     try:
-        assert models.load('a.pt').get('x') is not torch.UntypedStorage
+        models.load('a.pt')
     except ValueError as error:
         assert '\n' not in str(error) and 'shared object' not in str(error)  # dlopen's
-    assert [*Path().glob('*.pt*')] == [Path('a.pt')]
-    assert torch._utils._rebuild_tensor_v2.__defaults__ == rebuild
+    assert not Path('ran').exists() and torch._utils._rebuild_tensor_v2.__defaults__ == rebuild
     assert not hasattr(torch.TypedStorage, 'dump_patches')
 
 
@@ -1029,12 +951,6 @@ def test_a_run_of_this_project_is_loaded_with_its_own_network_and_pixels():
     torch.save(content | {'arch': 'elsewhere/net.py:Net'}, 'a.pt')
     refuses('^a.pt: was trained with --arch elsewhere/net.py:Net', models.load_model, 'a.pt',
             'net.py:plain')
-
-
-@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.module.'])
-def test_a_normalization_that_belongs_to_the_network_stays_in_it(prefix):
-    state = {'mean': torch.zeros(3), 'std': torch.ones(3), 'fc.weight': torch.zeros(2)}
-    assert models.find_state_dict(prefixed(prefix)(state), state) == (state, None)
 
 
 TENSOR, OLD, SELF = saved({'w': torch.zeros(3000)}), saved({'w': torch.zeros(3000)}, False), {}
@@ -1080,13 +996,13 @@ def test_weights_that_do_not_fit_are_named(change, arch, told, network):
     'mu sigma ', 'normalize.mean normalize.std model.', '0.mean 0.std 1.', 'mean std model.',
     'module.mu module.sigma module.net.'])
 def test_a_normalization_in_the_file_is_used(names, network):
-    mean, std, prefix = names.split(' ')
-    state, x = prefixed(prefix)(network.state_dict()), torch.rand(3, 3, 8, 8)
-    state |= {mean: torch.tensor(CIFAR10[0]).view(1, 3, 1, 1), std: torch.tensor([0.5])}
+    (mean, std, prefix), x = names.split(' '), torch.rand(3, 3, 8, 8)
+    mu = torch.tensor(CIFAR10[0]).view(1, 3, 1, 1)
+    state = prefixed(prefix)(network.state_dict()) | {mean: mu, std: torch.tensor([0.5])}
     torch.save(state, 'a.pt')
-    expected = network((x - torch.tensor(CIFAR10[0])[:, None, None]) / 0.5)
     for normalize in (None, CIFAR100):  # what the file holds comes first
-        torch.testing.assert_close(models.load_model('a.pt', None, 10, normalize)(x), expected)
+        loaded = models.load_model('a.pt', None, 10, normalize)
+        torch.testing.assert_close(loaded(x), network((x - mu) / 0.5))
     refuses('^a.pt .*normalization', models.start_from, network, 'a.pt')
     torch.save(state | {std: torch.tensor([0.0])}, 'a.pt')
     refuses('^a.pt: .*normalized', models.load_model, 'a.pt')
@@ -1105,7 +1021,6 @@ def test_normalization_by_the_caller_replaces_the_one_in_the_network(text, mean,
 
 
 # ---------------------------------------------------------------- data sets
-
 def test_digits():
     (images, labels), held_out = data.load_data('digits'), data.load_data('digits', train=False)
     assert images.shape == (1437, 1, 28, 28) and held_out[0].shape == (360, 1, 28, 28)
@@ -1120,8 +1035,7 @@ def test_mnist_and_cifar10():
     assert images.shape == (10000, 1, 28, 28) and labels[:4].tolist() == [7, 2, 1, 0]
     images, labels = data.load_data('cifar10', ROOT / 'data', size=3)
     assert images.shape == (3, 3, 32, 32) and images[0, :, 0, 31].tolist() == [148, 124, 103]
-    assert labels.tolist() == [6, 9, 9] and images.is_contiguous()
-    assert data.class_names('cifar10', ROOT / 'data')[:2] == ['airplane', 'automobile']
+    assert data.class_names('cifar10', ROOT / 'data')[labels[0]] == 'frog'
 
 
 @pytest.mark.parametrize('dataset, file', [
@@ -1136,26 +1050,17 @@ def test_a_data_set_with_a_missing_or_damaged_file_is_named(dataset, file, monke
     refuses(told, data.load_data, dataset, 'data')
 
 
-@pytest.mark.skipif(not (ROOT / 'data/MNIST').is_dir(), reason='needs MNIST in ./data')
-@pytest.mark.parametrize('file', ['train-images-idx3-ubyte', 'train-labels-idx1-ubyte'])
-def test_a_file_of_mnist_that_is_cut_is_refused(file):
-    shutil.copytree(ROOT / 'data/MNIST', 'data/MNIST')
-    os.truncate(f'data/MNIST/raw/{file}', 1000)
-    refuses('mnist is missing or damaged in data', data.load_data, 'mnist', 'data')
-
-
 def test_each_image_is_cropped_and_flipped_independently():
     size, count = 8, 8100
     images = torch.randint(1, 256, (count, 3, size, size), dtype=torch.uint8)
     kept = images.clone()
     out = data.augment(images, 'crop-flip')
-    assert out.dtype == torch.uint8 and out.shape == images.shape and torch.equal(images, kept)
     matches = torch.zeros(81, 2, count)
     for offset in range(81):
         crop = TF.crop(TF.pad(images, [4]), offset // 9, offset % 9, size, size)
         for flip, variant in enumerate((crop, TF.hflip(crop))):
             matches[offset, flip] = (variant == out).flatten(1).all(1)
-    assert (matches.sum((0, 1)) == 1).all()
+    assert (matches.sum((0, 1)) == 1).all() and out.dtype == torch.uint8 and images.equal(kept)
     counts = matches.sum(2)
     assert 15 <= counts.min() and counts.max() <= 85  # 50 expected, standard deviation 7
     assert abs(counts.sum(0) - count / 2).max() < 225  # standard deviation 45
@@ -1221,7 +1126,6 @@ def linear_network(change='logits', before='x', num_classes=5):
 
 
 # ---------------------------------------------------------------- attacks
-
 @pytest.mark.parametrize('attack', evaluate.PGD)
 def test_a_linear_model_has_its_exact_robust_accuracy(attack):
     torch.manual_seed(0)
@@ -1249,27 +1153,19 @@ def test_steps_scale_with_epsilon(attack, share, steps):
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     x, y, kappa = torch.full((4, 1, 3, 3), 0.5), torch.zeros(4).long(), torch.zeros(4)
     seen.append(evaluate.run_attack(attack, model, x, y, 0.3, kappa=kappa))
-    moved = (seen[1] - seen[0]).abs().max().item()
-    assert len(seen) == steps + 1 and moved == pytest.approx(share * 0.3, rel=1e-4)
-    assert kappa.tolist() == [steps] * 4  # all iterates are correct
+    assert (seen[1] - seen[0]).abs().max().item() == pytest.approx(share * 0.3, rel=1e-4)
+    assert len(seen) == steps + 1 and kappa.tolist() == [steps] * 4  # all iterates are correct
 
 
-@pytest.mark.parametrize('scale, factor', [(1e-3, 10), (1e4, 1e-3)])
-def test_logit_scaling_finds_what_masked_gradients_hide_from_pgd(scale, factor):
-    """Raising the pixel by 0.09 gives class 1; eight far classes pull the other way.
-
-    With tiny logits the softmax is flat and the eight outweigh class 1; with huge ones the gradient
-    is exactly zero in float32. In both cases PGD misses the example.
-    """
+def test_logit_scaling_finds_what_masked_gradients_hide_from_pgd():
+    """Raising the pixel by 0.09 gives class 1, but with tiny logits the softmax is flat and eight
+    far classes, which pull the other way, outweigh class 1: PGD misses the example."""
     model = affine(torch.tensor([[0.0]] + [[1.0]] + [[-1.0]] * 8),
-                   torch.tensor([0.0] + [-0.09 - 0.5] + [-1000.0] * 8), scale)
+                   torch.tensor([0.0] + [-0.09 - 0.5] + [-1000.0] * 8), 1e-3)
     images, labels = torch.full((100, 1, 1, 1), 127, dtype=torch.uint8), torch.zeros(100).long()
-    x = data.to_float(images)
-    pgd, scaled = (model(evaluate.pgd_attack(model, x, labels, 0.1, 0.01, 20, f)).argmax(1)
-                   for f in (1, factor))
-    assert (pgd == 0).float().mean() > 0.85 and (scaled == 1).all()
-    ls = evaluate.evaluate_attack(model, images, labels, 'ls', 0.1)['correct']
-    assert ls.mean() == 0 or factor < 1
+    pgd, ls = (evaluate.evaluate_attack(model, images, labels, attack, 0.1)['correct'].mean()
+               for attack in ('pgd20', 'ls'))
+    assert pgd > 0.85 and ls == 0
 
 
 def test_an_attack_that_leaves_the_ball_is_an_error(trained, monkeypatch):
@@ -1280,26 +1176,26 @@ def test_an_attack_that_leaves_the_ball_is_an_error(trained, monkeypatch):
 
 
 @pytest.mark.parametrize('value, epsilon, step_size', [
-    (1.5, 0.1, 0.01), (-0.1, 0.1, 0.01), (math.nan, 0.1, 0.01), (0.5, 8, 0.01), (0.5, -0.1, 0.01),
-    (0.5, 0.1, 2)])
+    (1.5, 0.1, 0.01), (-0.1, 0.1, 0.01), (math.nan, 0.1, 0.01), (0.5, 8, 0.01), (0.5, 0.1, 2)])
 def test_images_and_lengths_outside_0_to_1_are_refused(value, epsilon, step_size, trained):
     x, y = torch.full((2, 1, 28, 28), value), torch.zeros(2).long()
-    refuses(r'must lie in \[0, 1\]', evaluate.pgd_attack, trained, x, y, epsilon, step_size, 1)
-    for attack in ('pgd20', 'square') * (step_size < 1):
-        refuses(r'must lie in \[0, 1\]', evaluate.run_attack, attack, trained, x, y, epsilon)
+    told = r'must lie in \[0, 1\]'
+    refuses(told, evaluate.pgd_attack, trained, x, y, epsilon, step_size, 1)
+    if step_size < 1:
+        refuses(told, evaluate.run_attack, 'square', trained, x, y, epsilon)
 
 
 def test_autoattack_matches_the_standard_version_of_the_package():
     torch.manual_seed(3)
     images = torch.randint(0, 256, (7, 1, 5, 5), dtype=torch.uint8)
-    model = affine(torch.randn(10, 25), torch.randn(10))
-    labels = model(data.to_float(images)).argmax(1)
+    model, x = affine(torch.randn(10, 25), torch.randn(10)), data.to_float(images)
+    labels = model(x).argmax(1)
     labels[:2] = (labels[:2] + 1) % 10  # the others are classified correctly
     outcomes = evaluate.evaluate_model(model, images, labels, ['autoattack'], 0.5, 0.06, 5, seed=5)
     correct = [outcome['correct'] for outcome in outcomes.values()]
     assert correct[0].sum() == 5 and 0 < correct[-1].sum() < 5
     official = pyautoattack.AutoAttack(model, eps=0.06, seed=5)
-    _, y_adv = official.run_standard_evaluation(data.to_float(images), labels, batch_size=5)
+    _, y_adv = official.run_standard_evaluation(x, labels, batch_size=5)
     assert ((y_adv == labels).numpy() == correct[-1]).all()
     attacked = [np.isfinite(outcome['entropy']) for outcome in outcomes.values()]
     assert all((a == before).all() for before, a in zip(correct, attacked[1:]))
@@ -1309,28 +1205,24 @@ def test_autoattack_matches_the_standard_version_of_the_package():
 def test_apgd_t_targets_every_other_class():
     """Only the least likely class is within reach."""
     weight = torch.zeros(5, 25).index_fill(0, torch.tensor(4), 4.0)
-    bias = torch.tensor([0.0, -1, -2, -3, -4 - 100 * 127 / 255])
+    model = affine(weight, torch.tensor([0.0, -1, -2, -3, -4 - 100 * 127 / 255]))
     x, y = torch.full((3, 1, 5, 5), 127 / 255), torch.zeros(3).long()
-    model = affine(weight, bias)
     x_adv = evaluate.run_attack('apgd-t', model, x, y, 0.1)
     assert (model(x).argmax(1) == 0).all() and (model(x_adv).argmax(1) == 4).all()
 
 
 # ---------------------------------------------------------------- metrics
-
 def test_measures_and_entropy_report_against_numpy(trained):
     images, labels = digits(40)
     outcome = evaluate.evaluate_attack(trained, images, labels, 'pgd20', 0.03)
     x = data.to_float(images, torch.channels_last)
     z = trained(evaluate.run_attack('pgd20', trained, x, labels, 0.03)).detach().double().numpy()
-    p, rows = np.exp(z - z.max(1, keepdims=True)), np.arange(40)
-    p /= p.sum(1, keepdims=True)
-    h, p_y = -(p * np.log(p)).sum(1), p[rows, labels].copy()
-    p[rows, labels] = -1
-    np.testing.assert_allclose(outcome['entropy'], h, atol=1e-5)
-    np.testing.assert_allclose(outcome['margin'], p_y - p.max(1), atol=1e-5)
-    np.testing.assert_allclose(outcome['p_wrong'], 1 - p_y, atol=1e-5)
-    right = z.argmax(1) == labels.numpy()
+    p, y = np.exp(z) / np.exp(z).sum(1, keepdims=True), labels.numpy()[:, None]
+    h, p_y = -(p * np.log(p)).sum(1), np.take_along_axis(p, y, 1)[:, 0]
+    right = z.argmax(1) == y[:, 0]
+    np.put_along_axis(p, y, -1, 1)
+    for name, expected in dict(entropy=h, margin=p_y - p.max(1), p_wrong=1 - p_y).items():
+        np.testing.assert_allclose(outcome[name], expected, atol=1e-5)
     assert (outcome['correct'] == right).all() and 0 < right.mean() < 1
     assert (outcome['kappa'][right] >= 10).all() and outcome['kappa'].max() <= 20
     t = float(np.median(h))
@@ -1354,50 +1246,33 @@ def test_a_network_in_train_mode_is_evaluated_in_eval_mode_and_left_as_it_was():
     model[1].eval()  # frozen batch statistics
     model[0].weight.requires_grad_(False)
     before, state = comparable(model.state_dict()), torch.manual_seed(123).get_state()
-    outcome = evaluate.evaluate_attack(model, *digits(32), 'pgd10', 0.02)
-    assert (outcome['entropy'] == expected).all()
+    again = evaluate.evaluate_attack(model, *digits(32), 'pgd10', 0.02)['entropy']
+    assert (again == expected).all()
     assert [m.training for m in model] == [True, False, True, True, True] and model.training
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
-    assert all(p.grad is None for p in model.parameters())
     assert comparable(model.state_dict()) == before and torch.get_rng_state().equal(state)
 
 
-def precision():
-    conv = torch.backends.cudnn
-    return conv.conv.fp32_precision if hasattr(conv, 'conv') else conv.allow_tf32
-
-
 def test_attacks_search_at_torchs_precision_and_verdicts_are_in_float32(trained):
+    def precision():
+        conv = torch.backends.cudnn
+        return conv.conv.fp32_precision if hasattr(conv, 'conv') else conv.allow_tf32
     seen, default = [], precision()
-    hook = trained.register_forward_pre_hook(lambda *_: seen.append(precision()))
-    evaluate.evaluate_attack(trained, *digits(4), 'pgd10', 0.1)
-    hook.remove()
+    with trained.register_forward_pre_hook(lambda *_: seen.append(precision())):
+        evaluate.evaluate_attack(trained, *digits(4), 'pgd10', 0.1)
     assert seen == [default] * 10 + [seen[-1]] and precision() == default
     assert seen[-1] in ('ieee', False) and default not in ('ieee', False)
     expected = evaluate.evaluate_attack(trained, *digits(32), 'clean', 0)['entropy']
     with torch.autocast('cpu', torch.bfloat16):
         half = evaluate.evaluate_attack(trained, *digits(32), 'clean', 0)['entropy']
     assert (half == expected).all()
-
-    class Inner(nn.Module):
-        def forward(self, x):
-            with torch.autocast('cpu', torch.bfloat16):
-                return trained(x)
-    x, y = data.to_float(digits(8)[0]), digits(8)[1]
-    assert evaluate.predict(Inner(), x).dtype == torch.float32
-    found = []
-    for model in (Inner(), lambda x: Inner()(x).float()):
-        data.seed(1)
-        found.append(evaluate.pgd_attack(model, x, y, 0.1, 0.01, 5, 10.0))
-    assert torch.equal(*found)
+    assert evaluate.predict(lambda x: x.bfloat16(), digits(8)[0]).dtype == torch.float32
 
 
 def test_a_second_call_runs_only_the_missing_batches(trained):
-    images, labels = digits(10)
-    attack = functools.partial(evaluate.evaluate_attack, trained, images, labels, 'pgd10', 0.1,
+    attack = functools.partial(evaluate.evaluate_attack, trained, *digits(10), 'pgd10', 0.1,
                                batch_size=4, file='kept.npy')
     expected, measures, passes = attack(), np.load('kept.npy'), []
-    assert (measures[0] == expected['correct']).all()
     measures[:, 4:8] = np.nan
     np.save('kept.npy', measures)
     with trained.register_forward_hook(lambda *_: passes.append(1)):
@@ -1406,12 +1281,11 @@ def test_a_second_call_runs_only_the_missing_batches(trained):
 
 
 # ---------------------------------------------------------------- the command
-
 FAST = '--attacks pgd20 ls --n-examples 12 --batch-size 5 --epsilon 0.04 --model-path'
 
 
 def test_the_table_the_json_and_the_outcomes_agree_with_the_functions(run, trained):
-    out, err = command('--json a.json --save-outcomes a.npz --entropy-threshold 9', FAST, run)
+    out, _ = command('--json a.json --save-outcomes a.npz --entropy-threshold 9', FAST, run)
     outcomes = evaluate.evaluate_model(trained, *digits(12), ('pgd20', 'ls'), 0.04, batch_size=5)
     correct = {k: outcome['correct'] for k, outcome in outcomes.items()}
     worst = correct['pgd20'] & correct['ls']
@@ -1419,22 +1293,20 @@ def test_the_table_the_json_and_the_outcomes_agree_with_the_functions(run, train
         'worst': worst.mean(), 'pgd20 - worst': (correct['pgd20'] & ~worst).mean()}
     row = {k: f'{100 * v:.2f}' for k, v in expected.items()}
     assert table(out) == {'digits-at-seed1': row} and 'n = 12' in out and 'epsilon 0.04;' in out
-    assert table(out, 1)['digits-at-seed1']['accuracy above 9'] == '-'  # over no examples
+    assert table(out, 1)['digits-at-seed1']['accuracy high entropy'] == 'nan'  # over no examples
     content = json.loads(Path('a.json').read_text())
-    model = content['models'][0]
+    model, clean = content['models'][0], expected['clean']
     assert model['accuracy'] == pytest.approx(expected) and model['warnings'] == []
-    assert model['stderr']['clean'] == pytest.approx(
-        (expected['clean'] * (1 - expected['clean']) / 12) ** 0.5)
+    assert model['stderr']['clean'] == pytest.approx((clean * (1 - clean) / 12) ** 0.5)
     assert model['report']['entropy'] == pytest.approx(outcomes['pgd20']['entropy'].mean())
     assert model['report']['accuracy_high_entropy'] is None
     assert content['versions']['torch'] == torch.__version__ and content['args']['seed'] == 1
-    assert {'pyautoattack', 'attacks', 'device'} <= content['versions'].keys()
     saved = np.load('a.npz')
-    assert list(saved['columns']) == list(correct) and saved['labels'].shape == (12,)
+    assert list(saved['columns']) == list(correct) and (saved['labels'] == digits(12)[1]).all()
     for name in evaluate.MEASURES:
         values = np.array([[outcome[name] for outcome in outcomes.values()]])
-        np.testing.assert_array_equal(saved[name], values.astype(saved[name].dtype))
-    assert saved['correct'].dtype == bool and saved['margin'].dtype == np.float16
+        kind = bool if name == 'correct' else np.float16
+        np.testing.assert_array_equal(saved[name], values.astype(kind), strict=True)
 
 
 def test_seeds_are_averaged_and_figures_are_written_as_png_and_pdf(run, trained):
@@ -1442,33 +1314,31 @@ def test_seeds_are_averaged_and_figures_are_written_as_png_and_pdf(run, trained)
               make_run('digits-ew-at-seed1', trained, 0.5)]
     out, _ = command('--attacks fgsm autoattack --n-examples 12 --epsilon 0.3 --json a.json '
                      '--figures f --model-path', run, *others)
-    entropies = [float(row['entropy']) for row in list(table(out, 1).values())[:2]]
-    mean, sd = np.mean(entropies), np.std(entropies, ddof=1)
-    found = table(out, 1)['digits-at (2 seeds): mean ± sd']['entropy'].split(' ± ')
-    assert list(map(float, found)) == pytest.approx([mean, sd], abs=2e-3) and sd > 0.1
+    rows = {name: float(row['entropy']) for name, row in table(out, 1).items()}
+    entropies = [rows[f'digits-at-seed{n}'] for n in (1, 2)]
+    found = [rows[f'digits-at (2 seeds): {kind}'] for kind in ('mean', 'sd')]
+    assert found == pytest.approx([np.mean(entropies), np.std(entropies, ddof=1)], abs=2e-3)
     seeds, = json.loads(Path('a.json').read_text())['seeds']
-    assert len(table(out)) == 5 and seeds['models'] == ['digits-at-seed1', 'digits-at-seed2']
-    assert seeds['report']['sd']['entropy'] == pytest.approx(sd, abs=2e-3)
+    assert len(table(out)) == 6 and seeds['models'] == ['digits-at-seed1', 'digits-at-seed2']
+    assert seeds['report']['sd']['entropy'] == pytest.approx(found[1], abs=2e-3) and found[1] > 0.1
     names = 'entropy_histogram', 'entropy_vs_robustness', 'pgd_vs_worst', 'tsne'
     assert {*os.listdir('f')} == {f'{name}.{kind}' for name in names for kind in ('png', 'pdf')}
     assert all(Path('f', name).stat().st_size > 8000 for name in os.listdir('f'))
 
 
 def test_saved_results_are_reused_unless_a_setting_the_images_or_the_network_change():
-    args, seen = linear_network(), []
-
     def count(*more):
         """The number of passes through the network."""
         sys.modules.pop('helper', None)
         seen.append(command(args, 'pgd20 ls apgd-ce --batch-size 4', *more)[0])
         return len(sys.modules['helper'].calls)
+    args, seen = linear_network(), []
     first, again = count(), count()
     assert seen[0] == seen[1] and again < 20 < 100 < first
     assert count('--entropy-threshold 1') == again
     for other in ('--seed 2', '--batch-size 6', '--epsilon 0.06', '--n-examples 10',
                   '--split train', '--aa-epsilon 0.07'):
-        assert count(other) > again + 10, other
-        assert count(other) == again, other
+        assert count(other) > again + 10 and count(other) == again, other
     linear_network('logits.detach() + 0 * logits')  # by what it imports: no gradient, same logits
     assert count() > again + 10 and seen[-1] != seen[0]
     weights = torch.load('own.pt', weights_only=True)
@@ -1487,39 +1357,25 @@ def test_a_killed_evaluation_continues_and_gives_the_same_outcomes_as_two_proces
                               stderr=subprocess.PIPE, text=True)
     for line in killed.stderr:
         if ': pgd20' in line:
-            killed.send_signal(signal.SIGKILL)
+            killed.kill()
     assert killed.communicate()[0] == '' and killed.returncode == -signal.SIGKILL
     assert {name.split('-')[0] for name in os.listdir(f'{run}/best.pt.eval')} == {'clean', 'pgd20'}
     paths = f'--model-path {run} {run}/best.pt.eval'  # as with {run}/*
     out, _ = command(args, '--save-outcomes one.npz', paths)
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2',
-                           f'--master-port={20000 + os.getpid() % 9000}', *program,
-                           other, '--save-outcomes', 'two.npz'],
-                          env=ENV, text=True, timeout=300, capture_output=True)
+                           '--standalone', *program, other, '--save-outcomes', 'two.npz'], env=ENV,
+                          text=True, timeout=300, capture_output=True)
     assert done.returncode == 0 and done.stdout == out, done.stderr
     assert done.stderr.count(': pgd20') == 1
     one, two = np.load('one.npz'), np.load('two.npz')
     assert all(np.array_equal(one[k], two[k], equal_nan=one[k].dtype.kind == 'f') for k in one)
 
 
-def test_nine_models_of_other_projects_look_different_and_seeds_alone_have_a_label():
-    groups = evaluate.group_seeds([dict(model=name, about={}) for name in 'abcdefghi'])
-    assert len({(group.color, group.line, group.marker) for group in groups}) == 9
-    seeds, = evaluate.group_seeds([dict(model=f'seed{n}', about={}) for n in (1, 2)])
-    assert seeds.label == 'all (2 seeds)'
-
-
-def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run):
-    Path(f'{run}/best.pt.eval').touch()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
-    try:
-        out, err = command('--json a.json --figures f', FAST, run, status=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert table(out) and json.loads(Path('a.json').read_text()) and 'a.json' not in err
-    assert err.count(f'cannot write {run}/best.pt.eval/') == 3  # clean, pgd20, ls
-    assert re.search('^Cannot write f/.* File too large\n', err, re.M)
+def test_the_table_is_printed_before_a_full_disk_ends_the_command(run, monkeypatch):
+    full_disk(monkeypatch, lambda *_: True)
+    out, err = command('--json a.json', FAST, run, status=2)
+    assert table(out) and err.count(f'cannot write {run}/best.pt.eval/') == 3  # clean, pgd20, ls
+    assert re.search('^evaluate.py: error: .*No space left', err, re.M)
 
 
 @pytest.mark.parametrize('change, before, told', [
@@ -1530,8 +1386,7 @@ def test_the_table_is_printed_and_a_file_that_fails_is_named_on_a_full_disk(run)
 def test_attacks_that_cannot_work_give_one_warning_line(change, before, told):
     _, err = command(linear_network(change, before), 'pgd20 ls --json a.json')
     assert len(re.findall(f'^Warning: .*{told}.*$', err, re.M)) == 1
-    assert any(told in text for text in
-               json.loads(Path('a.json').read_text())['models'][0]['warnings'])
+    assert told in str(json.loads(Path('a.json').read_text())['models'][0]['warnings'])
 
 
 def test_a_network_that_cannot_take_a_single_image_is_refused():
@@ -1548,24 +1403,19 @@ def test_low_clean_accuracy_of_a_foreign_checkpoint_gives_a_hint(trained):
         assert ('--normalize' in err and 'preactresnet18-raw' in err) == (content is bad), err
 
 
-def test_with_fewer_classes_the_table_names_the_targets():
-    out, _ = command(linear_network(), 'apgd-t')
-    assert 'AutoAttack 0.05 with 4 targets' in out
+def test_apgd_t_is_refused_with_fewer_than_four_classes():
     own_images(train_labels=np.arange(52) % 3, test_labels=np.arange(20) % 3)
     args = linear_network(num_classes=3)
     for attack in ('autoattack', 'apgd-t'):
-        assert 'apgd-ce, fab-t and square work' in refused('evaluate', args, attack)
+        assert 'at least 4 classes' in refused('evaluate', args, attack)
     assert table(command(args, 'apgd-ce fab-t')[0])
 
 
 @pytest.mark.parametrize('flags, told', [
     ('--model-path nothing.pt', 'nothing.pt'), ('--model-path text.pt', 'text.pt'),
-    ('--model-path bare.pt', '--dataset'), ('--model-path .', './best.pt'),
-    ('--model-path a.eval', '--names'),
-    ('--model-path a.safetensors', 'a.safetensors'), ('--attacks pgd7', "'pgd7'"),
-    ('--epsilon 8', '8/255'), ('--names a b', '--names'), ('--seed -1', '--seed'),
-    ('--n-examples 361', '360'), ('--n-examples 0', '360'),
-    ('--normalize 0.5', 'mean_and_std'), ('--normalize imagenet', 'mean_and_std'),
+    ('--model-path bare.pt', '--dataset'), ('--model-path .', './best.pt'), ('--seed -1', '--seed'),
+    ('--model-path a.eval', '--names'), ('--attacks pgd7', "'pgd7'"), ('--names a b', '--names'),
+    ('--epsilon 8', '8/255'), ('--n-examples 361', '360'), ('--normalize 0.5', 'mean_and_std'),
     *[(f'--normalize {wrong}', 'normalized by') for wrong in ('0.5/0', '0.5/nan', '1,2/1')],
     ('--batch-size 0', '--batch-size'), ('--dataset imagenet', 'imagenet'),
     ('--figures text.pt/x', 'text.pt'),
@@ -1581,7 +1431,6 @@ def test_an_invalid_flag_gives_one_line_and_exit_status_2(flags, told, trained):
 
 
 # ---------------------------------------------------------------- the pages and their commands
-
 RESULTS = ROOT / 'results'
 PAGES = ROOT / 'README.md', RESULTS / 'README.md', RESULTS / 'cifar10' / 'README.md'
 
@@ -1640,46 +1489,26 @@ def test_the_python_example_in_the_readme_runs():
 
 
 def test_the_recipe_in_data_py_turns_folders_of_images_into_a_data_set():
-    from PIL import Image
-    lines = re.search(r'    import numpy.*', data.__doc__, re.S)[0]
     for i, folder in enumerate(('train/cat', 'train/dog', 'test/cat', 'test/dog')):
         os.makedirs(folder)
         for name in range(20):
             Image.new('RGB', (40, 50), (50 * i, 9, 200)).save(f'{folder}/{name}.png')
+    lines = re.search(r'    import numpy.*', data.__doc__, re.S)[0]
     exec(re.sub('^    ', '', lines, flags=re.M), {})
     images, labels = data.load_data('my_data.npz', size=39)  # refused if sorted by class
-    assert images.shape == (39, 3, 32, 32) and images[labels == 0][:, 0].max() == 0
-    assert images[labels == 1][0, :, 0, 0].tolist() == [50, 9, 200]
-    assert data.class_names('my_data.npz') == ['0', '1']
+    assert images.shape == (39, 3, 32, 32) and data.class_names('my_data.npz') == ['0', '1']
+    assert (images[:, :2, 0, 0] == torch.stack([50 * labels, 0 * labels + 9], 1)).all()
 
 
-def test_rsts_images_are_read_without_running_code():
-    page = PAGES[1].read_text()
-    snippet, = re.findall(r'```python\n(import pickle.*?)```', page, re.S)
-    images = np.random.randint(256, size=(20, 32, 32, 3), dtype=np.uint8)
-    content, file = {'data': images, 'extrapolated_targets': np.arange(20) % 10}, Path(
-        'ti_500K_pseudo_labeled.pickle')
-    for protocol in range(2, 6):
-        file.write_bytes(pickle.dumps(content, protocol))
-        exec(snippet, {})
-        found, labels = data.load_npz('ti_500k.npz', 'image', 'label')
-        assert (found.permute(0, 2, 3, 1).numpy() == images).all()
-        assert labels.tolist() == [*range(10)] * 2
-    file.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(pickle.UnpicklingError, match='exec'):
-        exec(snippet, {})
-    assert not Path('ran').exists()
-
-
-def test_the_committed_networks_are_the_evaluated_ones():
-    for name in ('outcomes-seed1', 'outcomes-seed2', 'first-1000'):
-        for row in json.loads((RESULTS / 'cifar10' / f'{name}.json').read_text())['models']:
-            sha = hashlib.sha256(b'WideResNet')
-            model = models.load_model(ROOT / row['path'], num_classes=10)
-            for key, tensor in sorted(model.state_dict().items()):
-                sha.update(f'{key} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-                sha.update(tensor.numpy().tobytes())
-            assert sha.hexdigest() == row['weights'], row['path']
+@pytest.mark.parametrize('name', ['outcomes-seed1', 'outcomes-seed2', 'first-1000'])
+def test_the_committed_networks_are_the_evaluated_ones(name):
+    for row in json.loads((RESULTS / 'cifar10' / f'{name}.json').read_text())['models']:
+        sha = hashlib.sha256(b'WideResNet')
+        model = models.load_model(ROOT / row['path'], num_classes=10)
+        for key, tensor in sorted(model.state_dict().items()):
+            sha.update(f'{key} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+            sha.update(tensor.numpy().tobytes())
+        assert sha.hexdigest() == row['weights'], row['path']
 
 
 def test_the_analysis_of_the_results_runs():
