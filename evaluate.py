@@ -350,7 +350,7 @@ def seed_means(groups):
 
 
 def print_tables(args, rows, groups):
-    """Print the tables as Markdown, with the means and standard deviations over seeds below."""
+    """Print the tables as Markdown; models that differ only in their seed have a row of means."""
     radii = data.pixels_text(args.epsilon)
     if args.aa_epsilon != args.epsilon:
         radii += f', for AutoAttack {data.pixels_text(args.aa_epsilon)}'
@@ -363,13 +363,14 @@ def print_tables(args, rows, groups):
         columns = [k.replace('_', ' ') for k in rows[0][part]]
         print(f'{captions[part]}\n\n| model | {" | ".join(columns)} |')
         print('| :-- |' + ' --: |' * len(columns))
-        lines = [(row['model'], row[part]) for row in rows]
-        for seeds in seed_means(groups):
-            lines += [(f'{seeds["name"]}: {kind}', seeds[part][kind]) for kind in ('mean', 'sd')]
-        for name, values in lines:
-            cells = [f'{v:.3f}' if k in ('entropy', 'sd_of_w') else f'{100 * v:.2f}'
-                     for k, v in values.items()]
-            print(f'| {" | ".join([name, *cells])} |')
+        lines = [(row['model'], row[part], {}) for row in rows]
+        lines += [(f'{s["name"]}: mean ± sd', *s[part].values()) for s in seed_means(groups)]
+        for name, means, sds in lines:
+            for k, v in means.items():
+                factor, digits = (1, 3) if k in ('entropy', 'sd_of_w') else (100, 2)
+                name += f' | {factor * v:.{digits}f}'
+                name += f' ± {factor * sds[k]:.{digits}f}' if sds else ''
+            print(f'| {name} |')
         print(flush=True)
 
 
@@ -437,20 +438,22 @@ def plot_entropy_vs_robustness(args, groups):
 
 
 def plot_pgd_vs_worst(args, groups):
-    """By how many points PGD-20 overestimates robustness: each seed, a line between the means."""
-    marks = {'pgd20': '|', 'worst': 'D', 'autoattack': 'x'}
+    """By how many points PGD-20 overestimates robustness; small marks: seeds, large: their mean."""
+    marks = {'pgd20': 'o', 'worst': 'D', 'autoattack': 'x'}
     marks = {k: mark for k, mark in marks.items() if k in groups[0].rows[0]['accuracy']}
     with figure(args, 'pgd_vs_worst', height=1 + 0.36 * len(groups)) as (ax,):
         for i, group in enumerate(groups):
             values = {k: [100 * row['accuracy'][k] for row in group.rows] for k in marks}
             for attack, seeds in values.items():
-                ax.plot(seeds, [i] * len(seeds), marks[attack], color=group.color)
+                style = dict(marker=marks[attack], color=group.color, fillstyle='none')
+                ax.plot(seeds, [i] * len(seeds), linestyle='', markersize=2, **style)
+                ax.plot(np.mean(seeds), i, **style)
             ends = np.mean(values['worst']), np.mean(values['pgd20'])
             ax.plot(ends, [i, i], color=group.color, linestyle=group.line)
             ax.annotate(f'{ends[1] - ends[0]:.1f}', (ends[0], i), (4, 3), fontsize=6,
                         textcoords='offset points')
         for attack, mark in marks.items():
-            ax.plot([], [], mark, color='0.2', label=attack)
+            ax.plot([], [], mark, color='0.2', fillstyle='none', label=attack)
         ax.set_yticks(range(len(groups)), [group.title for group in groups])
         ax.set(xlabel='robust accuracy (%)', ylim=(len(groups) - 0.5, -0.7))
 
@@ -605,6 +608,8 @@ def main(argv=None):
             plot_tsne(args, groups, images, labels)
     except (OSError, ValueError, RuntimeError) as error:
         parser.error(' '.join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit('Interrupted; the same command continues the evaluation.')
 
 
 if __name__ == '__main__':
