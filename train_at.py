@@ -465,16 +465,13 @@ def main(argv):
         require_grad(weights, False)
         row = {'epoch': epoch + 1, 'lr': optimizer.param_groups[0]['lr'],
                'loss': total.item() / num_images,
-               **test(model, *held_out, args, layout, rank, world)}
-        if ema:
-            result = test(ema, *held_out, args, layout, rank, world)
-            row |= {f'ema_{name}': value for name, value in result.items()}
+               **test(ema or model, *held_out, args, layout, rank, world)}
         require_grad(weights, True)
         row |= {'images_per_s': images_per_s, 'seconds': time.monotonic() - began}
         log.append(row)
         epoch, step = epoch + 1, 0
         total.zero_()
-        best = max(log, key=lambda row: row.get('ema_pgd10', row['pgd10']))
+        best = max(log, key=lambda row: row['pgd10'])
         keep = args.save_freq and epoch % args.save_freq == 0
         save(*['best'] * (best is log[-1]), *[f'epoch-{epoch}'] * keep, 'last')
         say('  '.join(f'{name} {value:.4g}' for name, value in row.items()))
