@@ -16,47 +16,33 @@ import torch
 import torch.nn.functional as F
 
 
-def batch_mean(values):
-    """Mean of values (B,) over the whole batch, which torch.distributed may have split."""
-    dtype = torch.promote_types(values.dtype, torch.float32)  # half precision would overflow
-    total = torch.stack([values.sum(dtype=dtype), torch.ones_like(values, dtype=dtype).sum()])
+def to_float32(values):
+    """The values in float32 at least, because sums in half precision would overflow."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def over_batch_mean(values):
+    """values (B,) / their mean over the batch and all processes, which must all call this."""
+    total = torch.stack([values.sum(), torch.ones_like(values).sum()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
-    return total[0] / total[1]
+    mean = total[0] / total[1]
+    return torch.where(mean == 0, 1.0, values / mean)
 
 
 def entropy_weights(logits, tau=1.0):
     """w (B,): the entropy of each example divided by the batch mean (Eq. 1-2); no gradient, mean 1.
 
     logits: (B, K) of the adversarial examples; -inf excludes a class. tau > 0 divides the logits
-    inside the entropy; tau = inf gives w = 1. If torch.distributed is in use, every process
-    must call this, because the mean is taken over all processes. Raises ValueError unless tau > 0.
+    inside the entropy; tau = inf gives w = 1. Raises ValueError unless tau > 0.
     """
     if not tau > 0:
         raise ValueError(f'tau must be above 0, not {tau}')
-    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    z = to_float32(logits.detach())
     z = z - z.amax(dim=1, keepdim=True)
     z = z.clamp(min=torch.finfo(z.dtype).min) / max(tau, 1e-30)  # finite also for -inf / inf
     log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # so that 0 log 0 = 0
-    entropy = -(log_p.exp() * log_p).sum(1)
-    mean = batch_mean(entropy)
-    return torch.where(mean == 0, 1.0, entropy / mean)
-
-
-def check_input(x, step_size, epsilon):
-    """Raise ValueError unless x, step_size and epsilon are in [0, 1]."""
-    if not ((x >= -1e-3) & (x <= 1.001)).all():
-        raise ValueError('x_natural is not in [0, 1]: normalize inside the model, not before')
-    if not (0 <= epsilon <= 1 and 0 <= step_size <= 1):
-        raise ValueError(f'epsilon = {epsilon} and step_size = {step_size} must be in [0, 1], '
-                         'like the pixels: write 8/255')
-
-
-def check_logits(logits):
-    """The logits in float32 at least. Raises ValueError unless they are (B, K) with K >= 2."""
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f'the model returns {tuple(logits.shape)}, not logits (B, K) with K >= 2')
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return over_batch_mean(-(log_p.exp() * log_p).sum(1))
 
 
 def random_start(x_natural, epsilon):
@@ -65,16 +51,13 @@ def random_start(x_natural, epsilon):
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """Maximize CE(f(x_adv), y) by PGD from the start x_adv, in eval mode (Eq. 4).
-
-    The result lies within epsilon of x_natural and in [0, 1].
-    """
+    """PGD in eval mode from the start x_adv (Eq. 4). Returns x_adv, in [0, 1] and within epsilon of
+    x_natural."""
     model.eval()
     low, high = (x_natural - epsilon).clamp(0, 1), (x_natural + epsilon).clamp(0, 1)
     for _ in range(perturb_steps):
         x_adv = x_adv.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = F.cross_entropy(model(x_adv), y, reduction='sum')
+        loss = F.cross_entropy(model(x_adv), y, reduction='sum')
         grad, = torch.autograd.grad(loss, x_adv)
         x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
     model.train()
@@ -86,18 +69,20 @@ def at_loss(model, x_natural, y, optimizer, step_size=2/255, epsilon=8/255, pert
     """The (EW-)AT loss (Eq. 3), a scalar.
 
     x_natural: images (B, C, H, W) in [0, 1], like step_size and epsilon; y: labels (B,) or
-    probabilities (B, K). optimizer: only used for zero_grad() before the loss; may be None. adv:
-    the result of attack(), if it was called before. reduction: 'mean' or 'sum' over the batch.
-    Leaves the model in train mode. Raises ValueError if the input is invalid or the model does not
-    return logits (B, K).
+    probabilities (B, K). optimizer: only used for zero_grad(); may be None. adv: the result of
+    attack(), if it was called before. reduction: 'mean' or 'sum' over the batch. Leaves the model
+    in train mode. Raises ValueError if the images or the lengths are not in [0, 1].
     """
     if adv is None:
-        check_input(x_natural, step_size, epsilon)
+        valid = ((x_natural >= -1e-3) & (x_natural <= 1.001)).all()
+        if not (valid and 0 <= epsilon <= 1 and 0 <= step_size <= 1):
+            raise ValueError('x_natural, epsilon and step_size must be in [0, 1]: normalize inside '
+                             'the model and write 8/255')
         start = random_start(x_natural, epsilon)
         adv = attack(model, x_natural, start, y, step_size, epsilon, perturb_steps)
     if optimizer is not None:
         optimizer.zero_grad()
-    logits_adv = check_logits(model(adv))
+    logits_adv = to_float32(model(adv))
     w = entropy_weights(logits_adv, tau) if entropy_weight else 0
     losses = (1 + w) * F.cross_entropy(logits_adv, y, reduction='none')
     return {'mean': losses.mean, 'sum': losses.sum}[reduction]()
@@ -261,7 +246,7 @@ def test(model, images, labels, args, layout, rank, world):
             grad, = torch.autograd.grad(F.cross_entropy(model(x_adv), y, reduction='sum'), x_adv)
             x_adv = (x_adv.detach() + args.epsilon / 4 * grad.sign()).clamp(low, high)
         with torch.no_grad():
-            logits, logits_adv = check_logits(model(x)), check_logits(model(x_adv))
+            logits, logits_adv = to_float32(model(x)), to_float32(model(x_adv))
         z = torch.stack([logits_adv, logits_adv / args.tau])
         log_p = F.log_softmax(z, dim=2).clamp(min=-1e4)
         h, h_tau = -(log_p.exp() * log_p).sum(2).double()
