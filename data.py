@@ -39,7 +39,7 @@ def protocol(dataset, epochs=None):
     number of epochs, the milestones keep their share of the run."""
     if dataset not in PROTOCOLS and not dataset.endswith('.npz'):
         raise ValueError(f"unknown --dataset '{dataset}': {', '.join(PROTOCOLS)} or FILE.npz")
-    found = PROTOCOLS.get(dataset, CIFAR | {'augment': 'crop'})
+    found = {'lr_schedule': 'multistep'} | PROTOCOLS.get(dataset, CIFAR | {'augment': 'crop'})
     full = found['epochs']
     milestones = {-(-m * (epochs or full) // full) for m in found['lr_milestones']}  # rounded up
     return found | {'lr_milestones': sorted(milestones)}
@@ -181,8 +181,6 @@ def load_run(args):
         (images, labels), held_out = split_validation(images, labels, args.val_size)
     num_own = len(images)
     if args.extra_data:
-        if args.batch_size < 2:
-            raise ValueError('--extra-data needs a --batch-size of at least 2')
         more_images, more_labels = load_npz(args.extra_data, 'image', 'label')
         if more_images.shape[1:] != images.shape[1:] or more_labels.max() >= num_classes:
             raise ValueError(f'{args.extra_data} and {args.dataset} differ in shape or classes')
@@ -203,7 +201,7 @@ def draw_batches(num_own, num_images, args, device):
     if num_images == num_own:
         return draw(num_own, num_own, device).split(args.batch_size)
     num_steps = -(-num_own // args.batch_size)
-    share = min(max(1, round(args.extra_fraction * args.batch_size)), args.batch_size - 1)
+    share = round(args.extra_fraction * args.batch_size)
     own = draw(num_own, num_steps * (args.batch_size - share), device)
     extra = num_own + draw(num_images - num_own, num_steps * share, device)
     return torch.cat([own.view(num_steps, -1), extra.view(num_steps, -1)], dim=1)
