@@ -51,8 +51,7 @@ def random_start(x_natural, epsilon):
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """PGD in eval mode from the start x_adv (Eq. 4). Returns x_adv, in [0, 1] and within epsilon of
-    x_natural."""
+    """PGD from x_adv in eval mode (Eq. 4); the result is in [0, 1], within epsilon of x_natural."""
     model.eval()
     low, high = (x_natural - epsilon).clamp(0, 1), (x_natural + epsilon).clamp(0, 1)
     for _ in range(perturb_steps):

@@ -54,8 +54,7 @@ def random_start(x_natural, epsilon):
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """PGD in eval mode from the start x_adv (Eq. 6). Returns x_adv, in [0, 1] and within epsilon of
-    x_natural. y is not used."""
+    """PGD from x_adv in eval mode (Eq. 6); the result is in [0, 1], within epsilon of x_natural."""
     model.eval()
     # not under no_grad(), or autocast in torch 2.4 would cache weights that receive no gradient
     log_p = F.log_softmax(model(x_natural), dim=1).detach()
