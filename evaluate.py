@@ -360,7 +360,7 @@ def print_tables(_, args, rows, groups):
     radii = data.pixels_text(args.epsilon)
     if {'autoattack', *AUTOATTACK} & {*args.attacks}:
         radii += (f', for AutoAttack {data.pixels_text(args.aa_epsilon)} with '
-                  f'{min(9, len(args.classes) - 1)} targets')
+                  f'{min(9, args.num_classes - 1)} targets')
     captions = {
         'accuracy': f'Accuracy in % on {args.dataset}, {args.split} split, n = {rows[0]["n"]:,}; '
         f'epsilon {radii}; seed {args.seed}, batch size {args.batch_size}.',
@@ -421,7 +421,7 @@ def figure(path, panels=1, height=2.5, **options):
 
 def plot_entropy_histogram(path, args, rows, groups):
     """Figures 2 and 4b: entropies of the PGD-20 examples; a panel for each method."""
-    edges = np.linspace(0, math.log(len(args.classes)), 31)
+    edges = np.linspace(0, math.log(args.num_classes), 31)
     methods = list(dict.fromkeys(group.method for group in groups))
     with figure(path, len(methods), sharey=True) as axes:
         for group in groups:
@@ -496,7 +496,7 @@ def plot_tsne(path, args, rows, groups):
             tsne = TSNE(perplexity=min(30, (len(y) - 1) / 3), init='pca', random_state=args.seed)
             points = tsne.fit_transform(np.concatenate(inputs))
             for k, marker, color in zip((0, 1), 'o^', COLORS.values()):
-                ax.scatter(*points[y == k].T, s=5, c=color, marker=marker, label=args.classes[k])
+                ax.scatter(*points[y == k].T, s=5, c=color, marker=marker, label=f'class {k}')
             ax.set(title=group.title, xticks=[], yticks=[])
 
 
@@ -563,8 +563,7 @@ def prepare(args, device):
         raise ValueError(f'give one --dataset for all: {", ".join(data.PROTOCOLS)} or FILE.npz')
     args.epsilon = args.epsilon or data.protocol(args.dataset)['epsilon']
     args.aa_epsilon = args.aa_epsilon or args.epsilon
-    args.classes = data.class_names(args.dataset, args.data_dir)
-    num_classes = len(args.classes)
+    args.num_classes = num_classes = 1 + data.load_data(args.dataset, args.data_dir)[1].max().item()
     if {'autoattack', 'apgd-t'} & {*args.attacks} and num_classes < 4:
         raise ValueError('the loss of apgd-t, a part of autoattack, needs at least 4 classes; '
                          'apgd-ce, fab-t and square work')

@@ -606,8 +606,9 @@ LABELS = np.arange(52) % 5
     ({'train_images': GRAY % 2}, '0 to 255'), ({'train_images': GRAY / 255}, 'float64'),
     ({'train_labels': LABELS + 1}, '0 to K - 1'), ({'train_labels': LABELS * 2}, '0 to K - 1'),
     ({'train_labels': LABELS - 1}, 'whole'), ({'train_labels': LABELS * 1.0}, 'whole'),
-    ({'test_labels': LABELS}, '(52'), ({'test_labels': LABELS[:20] + 1}, '0 to K - 1'),
-    ({'train_labels': LABELS * 0}, 'K'), ({'test_images': GRAY[:20, :7]}, 'differ in shape'),
+    ({'test_labels': LABELS}, '(52'), ({'test_labels': LABELS[:20] + 1}, 'or classes'),
+    ({'train_labels': LABELS * 0}, 'or classes'),
+    ({'test_images': GRAY[:20, :7]}, 'differ in shape'),
     ({'test_images': np.array([None] * 20)}, 'test_images'),
     ({'image': GRAY[:30, :7]}, 'extra.npz'), ({'label': LABELS[:30] + 1}, 'extra.npz'),
     ({'image': GRAY[:0], 'label': LABELS[:0]}, 'extra.npz')])
@@ -625,7 +626,7 @@ def test_the_first_images_of_a_file_that_is_sorted_by_class_are_refused():
 
 @pytest.mark.parametrize('dataset, values', [
     ('cifar10', ['8/255', '2/255', '110', '0.1', 'preactresnet18']),
-    ('digits', ['0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn', '0'])])
+    ('digits', ['0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn'])])
 @every_algorithm
 def test_help_shows_the_values_that_will_be_used(algorithm, dataset, values):
     out, _ = train(algorithm, '--help --dataset', dataset)
@@ -717,7 +718,6 @@ def test_directory_names_contain_each_flag_that_changes_the_result():
     assert set(vars(flags_of('trades', ''))) == {*values, 'resume', 'model_dir', 'data_dir', 'amp',
         'compile', 'entropy_weight', 'no_cuda', 'save_freq', 'save_every_minutes'}, 'test new flags'
     assert '3' in name('--begin-epoch 3', 'gairat') and '2.5' in name('--psi 2.5', 'gairat')
-    assert len(name(f'--init-from {"very/long/" * 40}{"x" * 200}.pt')) < 150
 
 
 def test_three_files_train_a_network_with_both_outputs_closed():
@@ -1109,7 +1109,7 @@ def test_digits():
     (images, labels), held_out = data.load_data('digits'), data.load_data('digits', train=False)
     assert images.shape == (1437, 1, 28, 28) and held_out[0].shape == (360, 1, 28, 28)
     assert images.dtype == torch.uint8 and images.max() == 255 and labels.dtype == torch.int64
-    assert set(labels.tolist()) == {*range(10)} and data.class_names('digits') == [*'0123456789']
+    assert set(labels.tolist()) == {*range(10)}
     assert torch.equal(data.load_data('digits', size=7)[0], images[:7])
 
 
@@ -1120,7 +1120,6 @@ def test_mnist_and_cifar10():
     images, labels = data.load_data('cifar10', ROOT / 'data', size=3)
     assert images.shape == (3, 3, 32, 32) and images[0, :, 0, 31].tolist() == [148, 124, 103]
     assert labels.tolist() == [6, 9, 9] and images.is_contiguous()
-    assert data.class_names('cifar10', ROOT / 'data')[:2] == ['airplane', 'automobile']
 
 
 @pytest.mark.parametrize('dataset, file', [
@@ -1566,7 +1565,7 @@ def test_with_fewer_classes_the_table_names_the_targets():
     ('--n-examples 361', '360'), ('--n-examples 0', '360'),
     ('--normalize 0.5', 'mean_and_std'), ('--normalize imagenet', 'mean_and_std'),
     *[(f'--normalize {wrong}', 'normalized by') for wrong in ('0.5/0', '0.5/nan', '1,2/1')],
-    ('--batch-size 0', '--batch-size'), ('--dataset imagenet', 'imagenet'),
+    ('--batch-size 0', '--batch-size'), ('--dataset imagenet --epsilon 0.1', 'imagenet'),
     ('--figures text.pt/x', 'text.pt'),
     ('--model-path own.pt --arch net.py:linear --dataset digits', 'not take images (1, 28, 28)'),
     ('--model-path own.pt --arch net.py:Gone --dataset own.npz', 'Gone')])
@@ -1649,7 +1648,6 @@ def test_the_recipe_in_data_py_turns_folders_of_images_into_a_data_set():
     images, labels = data.load_data('my_data.npz', size=39)  # refused if sorted by class
     assert images.shape == (39, 3, 32, 32) and images[labels == 0][:, 0].max() == 0
     assert images[labels == 1][0, :, 0, 0].tolist() == [50, 9, 200]
-    assert data.class_names('my_data.npz') == ['0', '1']
 
 
 def test_rsts_images_are_read_without_running_code():
