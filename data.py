@@ -28,9 +28,8 @@ CIFAR = dict(arch='preactresnet18', epochs=110, lr=0.1, lr_milestones=[100, 105]
              batch_size=128, epsilon=8 / 255, step_size=2 / 255, num_steps=10, augment='crop-flip')
 MNIST = dict(arch='smallcnn', epochs=100, lr=0.01, lr_milestones=[20, 40], weight_decay=1e-4,
              batch_size=128, epsilon=0.3, step_size=0.01, num_steps=40, augment='none')
-DIGITS = dict(arch='smallcnn', epochs=14, lr=0.03, lr_milestones=[11, 13], weight_decay=1e-4,
-              batch_size=32, epsilon=0.1, step_size=0.04, num_steps=4, augment='none',
-              lr_schedule='onecycle')
+DIGITS = MNIST | dict(epochs=14, lr=0.03, lr_milestones=[11, 13], batch_size=32, epsilon=0.1,
+                      step_size=0.04, num_steps=4, lr_schedule='onecycle')
 PROTOCOLS = {'cifar10': CIFAR, 'cifar100': CIFAR, 'mnist': MNIST, 'digits': DIGITS}
 
 
@@ -39,7 +38,7 @@ def protocol(dataset, epochs=None):
     number of epochs, the milestones keep their share of the run."""
     if dataset not in PROTOCOLS and not dataset.endswith('.npz'):
         raise ValueError(f"unknown --dataset '{dataset}': {', '.join(PROTOCOLS)} or FILE.npz")
-    found = PROTOCOLS.get(dataset, CIFAR | {'augment': 'crop'})
+    found = {'lr_schedule': 'multistep'} | PROTOCOLS.get(dataset, CIFAR | {'augment': 'crop'})
     full = found['epochs']
     milestones = {-(-m * (epochs or full) // full) for m in found['lr_milestones']}  # rounded up
     return found | {'lr_milestones': sorted(milestones)}
@@ -52,51 +51,32 @@ def load_data(dataset, data_dir='./data', train=True, size=None):
     scikit-learn), or your own FILE.npz with {train,test}_images uint8 (N, H, W, C) and
     {train,test}_labels (N,). Raises ValueError or OSError with one line that names the file.
     """
-    images, labels, _ = load_split(dataset, data_dir, train)
-    if size is not None and not 1 <= size <= len(images):
-        raise ValueError(f'{dataset} has {len(images)} {"training" if train else "test"} images; '
-                         f'cannot take {size} of them')
-    if size is not None and size < len(labels) and (labels.diff() >= 0).all():
-        raise ValueError(f'{dataset} is sorted by class, so its first {size} images are not a '
-                         'sample of it: shuffle it')
-    return images[:size].contiguous(), labels[:size].long()
-
-
-def class_names(dataset, data_dir='./data'):
-    """The names of the classes, in the order of the labels."""
-    return load_split(dataset, data_dir, train=True)[2]
-
-
-def load_split(dataset, data_dir, train):
-    """Images, labels and the names of the classes. Missing files are downloaded."""
+    split = 'train' if train else 'test'
     if dataset.endswith('.npz'):
-        images, labels = load_npz(dataset, 'train_images', 'train_labels')
-        test_images, test_labels = load_npz(dataset, 'test_images', 'test_labels')
-        num_classes = len(labels.unique())
-        if images.shape[1:] != test_images.shape[1:]:
-            raise ValueError(f'{dataset}: training and test images differ in shape')
-        if max(labels.max(), test_labels.max()) >= num_classes:
-            raise ValueError(f'{dataset}: labels must be 0 to K - 1, each with a training image')
-        names = [*map(str, range(num_classes))]
-        return (images, labels, names) if train else (test_images, test_labels, names)
-    if dataset == 'digits':  # 1,797 images of 8 x 8, upsampled; every fifth is a test image
+        images, labels = load_npz(dataset, f'{split}_images', f'{split}_labels')
+    elif dataset == 'digits':  # 1,797 images of 8 x 8, upsampled; every fifth is a test image
         from sklearn.datasets import load_digits
-        images, labels = load_digits(return_X_y=True)
-        images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-        images = F.interpolate(images, size=28, mode='bilinear', align_corners=False)
+        images, labels = map(torch.tensor, load_digits(return_X_y=True))
+        images = F.interpolate(images.float().view(-1, 1, 8, 8) / 16, size=28, mode='bilinear')
         chosen = (torch.arange(len(images)) % 5 != 0) == train
-        images = (images * 255).round().to(torch.uint8)[chosen]
-        return images, torch.tensor(labels)[chosen], [*'0123456789']
-    protocol(dataset)  # refuses another name
-    try:
-        split = getattr(datasets, dataset.upper())(data_dir, train=train, download=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(':')
-        raise FileNotFoundError(f'{dataset} is missing or damaged in {data_dir} and could not be '
-                                f'downloaded ({reason}); digits needs no download') from None
-    images = torch.as_tensor(split.data)
-    images = images[:, None] if dataset == 'mnist' else images.permute(0, 3, 1, 2)
-    return images, torch.as_tensor(split.targets), split.classes
+        images, labels = (images * 255).round().to(torch.uint8)[chosen], labels[chosen]
+    else:
+        protocol(dataset)  # refuses another name
+        try:
+            found = getattr(datasets, dataset.upper())(data_dir, train=train, download=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f'{dataset} is missing or damaged in {data_dir} and could not be '
+                             f'downloaded ({error!r}); digits needs no download') from None
+        images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
+        images = images[:, None] if dataset == 'mnist' else images.permute(0, 3, 1, 2)
+    if train and labels.bincount().min() == 0:
+        raise ValueError(f'{dataset}: labels must be 0 to K - 1, each with a training image')
+    size = len(images) if size is None else size
+    if not 1 <= size <= len(images):
+        raise ValueError(f'{dataset} has {len(images)} {split} images; cannot take {size} of them')
+    if size < len(images) and (labels.diff() >= 0).all():
+        raise ValueError(f'{dataset} is sorted by class: shuffle it, or use all of its images')
+    return images[:size].contiguous(), labels[:size].long()
 
 
 def load_npz(path, images, labels):
@@ -106,14 +86,12 @@ def load_npz(path, images, labels):
             x, y = file[images], file[labels]
     except Exception as error:  # NumPy may raise anything for a damaged file
         raise ValueError(f'{path} is not an .npz with {images} and {labels}: {error}') from None
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
-        raise ValueError(f'{path}: {images} must be uint8 (N, H, W, C) with 1 or 3 channels, not '
-                         f'{x.dtype} {x.shape}')
-    if y.dtype.kind not in 'iu' or y.shape != (len(x),) or not len(y) or y.min() < 0:
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3) or not (x > 1).any():
+        raise ValueError(f'{path}: {images} must be uint8 (N, H, W, C) with 1 or 3 channels and '
+                         f'pixels in 0 to 255, some above 1, not {x.dtype} {x.shape}')
+    if y.dtype.kind not in 'iu' or y.shape != (len(x),) or y.min() < 0:
         raise ValueError(f'{path}: {labels} must be whole numbers from 0, as many as {images}, '
                          f'not {y.dtype} {y.shape}')
-    if x.max() <= 1:
-        raise ValueError(f'{path}: {images} must lie in 0 to 255, but no pixel is above 1')
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y).long()
 
 
@@ -131,13 +109,11 @@ def pixels_text(value):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of each flag that has one, and radii as 8/255."""
+    """Shows the default of each flag that has one other than 0, and radii as 8/255."""
 
     def _get_help_string(self, action):
-        value = action.default
-        if 'default' in action.help or value is None or value is False or action.nargs == 0:
-            return action.help
-        return f'{action.help} (default: {pixels_text(value) if action.type is pixels else value})'
+        value = pixels_text(action.default) if action.type is pixels else action.default
+        return f'{action.help} (default: {value})' if value and action.nargs != 0 else action.help
 
 
 def run_name(args, parser, algorithm):
@@ -149,9 +125,7 @@ def run_name(args, parser, algorithm):
         if name not in left_out and value != parser.get_default(name):
             text = '' if value is True else f'-{value}' if isinstance(value, str) else f'{value}'
             parts.append(value if name == 'arch' else name.replace('_', '-') + text)
-    parts = [re.sub(r'\.(npz|pth?|py)\b', '', part) for part in [*parts, f'seed{args.seed}']]
-    parts = ['-'.join(part.split('/')[-2:])[-80:] for part in parts]  # of a path the last two names
-    return 'runs/' + '-'.join(re.sub(r'[^\w.]+', '-', part).strip('-') for part in parts)
+    return 'runs/' + re.sub(r'[^\w.]+', '-', '-'.join([*parts, f'seed{args.seed}'])).strip('-')
 
 
 def seed(*numbers):
@@ -160,34 +134,29 @@ def seed(*numbers):
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
-def split_validation(images, labels, size):
-    """Hold out the last size / K images of each of K classes: ((train), (held out))."""
-    classes = int(labels.max()) + 1
-    if size % classes or not 0 < size // classes < labels.bincount().min():
-        raise ValueError(f'--val-size {size} must be a multiple of {classes}, the number of '
-                         'classes, and leave training images of each')
-    held = torch.cat([(labels == k).nonzero()[-size // classes:, 0] for k in range(classes)])
-    mask = torch.zeros_like(labels, dtype=torch.bool).index_fill(0, held, True)
-    return (images[~mask], labels[~mask]), (images[mask], labels[mask])
-
-
 def load_run(args):
     """Training images and labels, of which the first N are the data set's and any others extra; N;
     the (images, labels) held out (test images or, with --val-size, training images); classes."""
-    num_classes = len(class_names(args.dataset, args.data_dir))
+    classes = 1 + load_data(args.dataset, args.data_dir)[1].max().item()
     images, labels = load_data(args.dataset, args.data_dir, True, args.train_size)
     held_out = load_data(args.dataset, args.data_dir, False, args.test_size)
-    if args.val_size:
-        (images, labels), held_out = split_validation(images, labels, args.val_size)
+    if args.val_size:  # the last val_size / K images of each of K classes
+        size = args.val_size // classes
+        if args.val_size % classes or not 0 < size < labels.bincount(minlength=classes).min():
+            raise ValueError(f'--val-size {args.val_size} must be a multiple of {classes}, the '
+                             'number of classes, and leave training images of each')
+        held = torch.zeros_like(labels, dtype=torch.bool)
+        for k in range(classes):
+            held[(labels == k).nonzero()[-size:]] = True
+        held_out, images, labels = (images[held], labels[held]), images[~held], labels[~held]
+    extra = load_npz(args.extra_data, 'image', 'label') if args.extra_data else ()
+    for name, found in (('the held-out images', held_out), (args.extra_data, extra)):
+        if found and (found[0].shape[1:] != images.shape[1:] or found[1].max() >= classes):
+            raise ValueError(f'{name} and the training images differ in shape or classes')
     num_own = len(images)
-    if args.extra_data:
-        if args.batch_size < 2:
-            raise ValueError('--extra-data needs a --batch-size of at least 2')
-        more_images, more_labels = load_npz(args.extra_data, 'image', 'label')
-        if more_images.shape[1:] != images.shape[1:] or more_labels.max() >= num_classes:
-            raise ValueError(f'{args.extra_data} and {args.dataset} differ in shape or classes')
-        images, labels = torch.cat([images, more_images]), torch.cat([labels, more_labels])
-    return images, labels, num_own, held_out, num_classes
+    if extra:
+        images, labels = torch.cat([images, extra[0]]), torch.cat([labels, extra[1]])
+    return images, labels, num_own, held_out, classes
 
 
 def draw(n, count, device=None):
@@ -196,14 +165,11 @@ def draw(n, count, device=None):
 
 
 def draw_batches(num_own, num_images, args, device):
-    """The indices of each batch of an epoch, which shows each of the first num_own images once.
-
-    Any further images take --extra-fraction of each batch and do not lengthen the epoch.
-    """
+    """The indices of each batch of an epoch, which shows each of the first num_own images once; any
+    further images take --extra-fraction of each batch and do not lengthen the epoch."""
     if num_images == num_own:
         return draw(num_own, num_own, device).split(args.batch_size)
-    num_steps = -(-num_own // args.batch_size)
-    share = min(max(1, round(args.extra_fraction * args.batch_size)), args.batch_size - 1)
+    num_steps, share = -(-num_own // args.batch_size), round(args.extra_fraction * args.batch_size)
     own = draw(num_own, num_steps * (args.batch_size - share), device)
     extra = num_own + draw(num_images - num_own, num_steps * share, device)
     return torch.cat([own.view(num_steps, -1), extra.view(num_steps, -1)], dim=1)
@@ -211,10 +177,8 @@ def draw_batches(num_own, num_images, args, device):
 
 def checksum(*tensors):
     """CRC-32 of all tensors; a resumed run uses it to detect that its images have changed."""
-    value = 0
-    for tensor in tensors:
-        value = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), value)
-    return value
+    views = (tensor.cpu().reshape(-1).view(torch.uint8).numpy() for tensor in tensors)
+    return zlib.crc32(b''.join(views))
 
 
 def to_float(images, memory_format=torch.contiguous_format):

@@ -410,7 +410,7 @@ def figure(args, name, panels=1, height=2.5, **options):
 
 def plot_entropy_histogram(args, groups):
     """Figures 2 and 4b: entropies of the PGD-20 examples; a panel for each method."""
-    edges = np.linspace(0, math.log(len(args.classes)), 31)
+    edges = np.linspace(0, math.log(args.num_classes), 31)
     methods = list(dict.fromkeys(group.method for group in groups))
     with figure(args, 'entropy_histogram', len(methods), sharey=True) as axes:
         for group in groups:
@@ -476,7 +476,7 @@ def plot_tsne(args, groups, images, labels):
             tsne = TSNE(perplexity=min(30, (len(y) - 1) / 3), init='pca', random_state=args.seed)
             points = tsne.fit_transform(np.concatenate(inputs))
             for k, marker, color in zip((0, 1), 'o^', COLORS):
-                ax.scatter(*points[y == k].T, s=5, c=color, marker=marker, label=args.classes[k])
+                ax.scatter(*points[y == k].T, s=5, c=color, marker=marker, label=f'class {k}')
             ax.set(title=group.title, xticks=[], yticks=[])
 
 
@@ -541,8 +541,7 @@ def prepare(args, device):
         raise ValueError(f'give one --dataset for all: {", ".join(data.PROTOCOLS)} or FILE.npz')
     args.epsilon = args.epsilon or data.protocol(args.dataset)['epsilon']
     args.aa_epsilon = args.aa_epsilon or args.epsilon
-    args.classes = data.class_names(args.dataset, args.data_dir)
-    num_classes = len(args.classes)
+    args.num_classes = num_classes = 1 + data.load_data(args.dataset, args.data_dir)[1].max().item()
     if {'autoattack', 'apgd-t'} & {*args.attacks} and num_classes < 4:
         raise ValueError('apgd-t, which is a part of autoattack, needs at least 4 classes')
     for path in filter(None, (args.json, args.save_outcomes, args.figures and f'{args.figures}/')):

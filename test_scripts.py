@@ -252,7 +252,7 @@ def runs(tmp_path_factory):
 
 
 def test_each_method_writes_its_log_configuration_and_weights(runs):
-    columns = 'epoch lr loss clean pgd10 entropy high_entropy sd_of_w images_per_s seconds'
+    columns = 'epoch lr loss images_per_s clean pgd10 entropy high_entropy sd_of_w seconds'
     for name, directory in runs.items():
         assert sorted(os.listdir(directory)) == '.lock best.pt config.json last.pt log.csv'.split()
         last, best = last_of(directory), last_of(directory, 'best')
@@ -285,11 +285,10 @@ def test_defaults_are_the_protocol_of_the_paper(algorithm):
     assert [loss_options(args, epoch) for epoch in (3, 4)] == options[algorithm]
 
 
-@pytest.mark.parametrize('flag, kind, column', [
-    ('', 'state_dict', 'pgd10'), ('--ema 0.5', 'ema_state_dict', 'ema_pgd10')])
-def test_best_is_the_first_epoch_with_the_highest_pgd10(flag, kind, column):
+@pytest.mark.parametrize('flag, kind', [('', 'state_dict'), ('--ema 0.5', 'ema_state_dict')])
+def test_best_is_the_first_epoch_with_the_highest_pgd10(flag, kind):
     train('at', PLAIN, '--augment none --lr 2 --epochs 9 --save-freq 1', flag)
-    pgd10 = [row[column] for row in last_of()['log']]
+    pgd10 = [row['pgd10'] for row in last_of()['log']]
     best = pgd10.index(max(pgd10)) + 1
     assert 1 < best < 9, 'choose another learning rate'
     for name, epoch in (('best', best), ('last', 9)):
@@ -300,20 +299,21 @@ def test_best_is_the_first_epoch_with_the_highest_pgd10(flag, kind, column):
     assert sorted(p.name for p in Path('tie').glob('*.pt')) == ['best.pt', 'epoch-2.pt', 'last.pt']
 
 
-def test_the_log_describes_the_saved_weights():
-    train('trades', NET, '--augment none --epochs 3 --ema 0.5 --entropy-weight --tau 0.5')
+def test_the_log_describes_the_saved_weights_or_their_average():
     images, labels = data.load_data('own.npz', train=False, size=16)
-    x, row = data.to_float(images), last_of()['log'][-1]
-    for prefix in ('', 'ema_'):
-        model = models.build_model('net.py:Net', 5).eval()
-        model.load_state_dict(last_of()[f'{prefix}state_dict'])
+    x = data.to_float(images)
+    for flag, kind in (('', 'state_dict'), ('--ema 0.5', 'ema_state_dict')):
+        train('trades', NET, '--augment none --epochs 3 --entropy-weight --tau 0.5', flag,
+              '--model-dir', kind)
+        model, row = models.build_model('net.py:Net', 5).eval(), last_of(kind)['log'][-1]
+        model.load_state_dict(last_of(kind)[kind])
         data.seed(1, 0)
         logits = model(evaluate.pgd_attack(model, x, labels, 0.1, 0.1 / 4, 10))
         h, h_tau = evaluate.entropy(logits.double()), evaluate.entropy(logits.double() / 0.5)
         means = [v.double().mean().item() for v in (
             model(x).argmax(1) == labels, logits.argmax(1) == labels, h, h > 1.5)]
         sd = (h_tau / h_tau.mean()).std(correction=0).item()
-        names = [prefix + name for name in 'clean pgd10 entropy high_entropy sd_of_w'.split()]
+        names = 'clean pgd10 entropy high_entropy sd_of_w'.split()
         assert [row[name] for name in names] == pytest.approx([*means, sd], abs=1e-5)
         assert sd > 0.01 and means[1] < means[0]
 
@@ -387,12 +387,12 @@ def test_a_run_killed_between_any_two_file_writes_continues_exactly(flags, monke
 
 @pytest.mark.parametrize('algorithm, signals, step, saved, status', [
     ('at', 'TERM', 6, 6, 143), ('trades', 'INT', 4, 4, 130), ('mart', 'HUP', 8, 8, 129),
-    ('at', 'TERM TERM', 6, 6, 143), ('at', 'INT INT', 6, 5, -2), ('at', 'KILL', 6, 5, -9)])
+    ('at', 'TERM TERM', 6, 6, 143), ('at', 'INT INT', 6, 6, 130), ('at', 'KILL', 6, 5, -9)])
 def test_a_run_ended_by_signals_continues_exactly(
         algorithm, signals, step, saved, status, runs, capfd):
     """The first signal ends a run after the step, saved; the last step of an epoch before its
-    evaluation. A second Ctrl-C ends it at once. A second SIGTERM does not: cluster schedulers send
-    SIGTERM to each process, and torchrun sends it once more."""
+    evaluation. A second one changes nothing: cluster schedulers send SIGTERM to each process, and
+    torchrun sends it once more."""
     def send(optimizer, n):
         for name in signals.split() * (n == step):
             os.kill(os.getpid(), signal.Signals[f'SIG{name}'])
@@ -420,7 +420,8 @@ def test_flags_can_be_changed_on_resuming_and_are_listed(runs):
     assert all(change in out for change in changes) and out.count(' -> ') == 5
     assert last_of()['optimizer']['param_groups'][0]['weight_decay'] == 0.5
     log = last_of()['log']
-    assert log[2]['lr'] == 0.01 and 'ema_pgd10' in log[2] and log[2]['seconds'] > log[1]['seconds']
+    assert log[2]['lr'] == 0.01 and log[2]['seconds'] > log[1]['seconds']
+    assert log[2].keys() == log[1].keys()
 
 
 def test_given_milestones_stay_when_a_resumed_run_gets_more_epochs():
@@ -436,7 +437,7 @@ def test_with_another_batch_size_a_resumed_run_begins_its_epoch_again():
         train('at', flags, '--batch-size 1', status=143)
     with hooks(lambda optimizer, n: steps.append(n)):
         out, _ = train('at', '--resume run --arch net.py:plain --batch-size 4')
-    assert '0 epochs and 0 steps are done' in out and 'batch_size 1 -> 4' in out
+    assert '0 epochs and 0 steps done' in out and 'batch_size 1 -> 4' in out
     assert len(steps) == 13 and losses_of() == pytest.approx(losses_of('whole'), abs=1e-5)
 
 
@@ -504,7 +505,7 @@ def test_a_loss_or_weight_that_is_not_finite_ends_the_run_before_saving(step, wh
             p.data.copy_(good)
     with hooks(spoil):
         _, err = train('at', NET, status=1)
-    assert f'not finite by step {step - 4} of epoch 2' in err and '--lr' in err
+    assert f'diverged by step {step - 4} of epoch 2' in err and '--lr' in err
     assert last_of()['step'] == 0 and comparable(last_of()) == comparable(last_of(name='best'))
 
 
@@ -541,12 +542,12 @@ MISTAKES = [('at', *case) for case in [
     ('--entropy', '--entropy'), ('--tau 2', '--entropy-weight'), ('--seed -1', 'seed'), *[
         (f'--epsilon {value}', '8/255') for value in ('8', '8/0', '0', 'nan')],
     ('--step-size x', 'pixels'), ('--ema 1', 'ema'), ('--awp-gamma -1', 'awp-gamma'),
-    ('--awp-gamma 0.01', '--awp-warmup'), ('--lr-milestones -1', 'milestones'),
-    ('--lr-milestones 5 5', 'increasing'), ('--compile fast', 'fast'),
+    ('--awp-gamma 0.01', '--awp-warmup'),
+    ('--compile fast', 'fast'),
     ('--lr-milestones 1 --lr-schedule cosine', 'needs --lr-schedule multistep'),
     ('--train-size 53', '52'), ('--test-size 21', '20'),
     ('--val-size 12', 'multiple'), ('--val-size 50', '50'), ('--val-size -5', 'val-size'),
-    ('--extra-data extra.npz --batch-size 1', 'at least 2'),
+    ('--extra-data extra.npz --batch-size 1', 'both kinds'),
     ('--extra-data none.npz', 'none.npz'), ('--init-from none.pt', 'none.pt'),
     ('--dataset none.npz', 'none.npz'), ('--dataset mnist --data-dir net.py', 'net.py'),
     ('--model-dir /dev/null/run', '/dev/null'), ('--arch smallcnn', '8, 8'),
@@ -555,7 +556,7 @@ MISTAKES = [('at', *case) for case in [
     ('--arch net.py:colored', '(3, 1, 8, 8)'), ('--arch net.py:number', 'net.py:number'),
     ('--arch net.py:tuple', 'train mode'), ('--arch net.py:detach', 'gradient'),
     ('--arch net.py:change', 'in-place'), ('--arch net.py:buffer', 'extra'),
-    ('--arch net.py:norm --batch-size 17', '(1, 1, 8, 8)'), *[  # the last of 52
+    ('--arch net.py:norm --train-size 1', '(1, 1, 8, 8)'), *[
         (f'{flag} {value}', '') for value in ('0', '-1', 'nan', 'many') for flag in (
             '--lr', '--entropy-weight --tau', '--batch-size', '--epochs', '--num-steps',
             '--extra-data extra.npz --extra-fraction')]]] + [
@@ -576,8 +577,9 @@ LABELS = np.arange(52) % 5
     ({'train_images': GRAY % 2}, '0 to 255'), ({'train_images': GRAY / 255}, 'float64'),
     ({'train_labels': LABELS + 1}, '0 to K - 1'), ({'train_labels': LABELS * 2}, '0 to K - 1'),
     ({'train_labels': LABELS - 1}, 'whole'), ({'train_labels': LABELS * 1.0}, 'whole'),
-    ({'test_labels': LABELS}, '(52'), ({'test_labels': LABELS[:20] + 1}, '0 to K - 1'),
-    ({'train_labels': LABELS * 0}, 'K'), ({'test_images': GRAY[:20, :7]}, 'differ in shape'),
+    ({'test_labels': LABELS}, '(52'), ({'test_labels': LABELS[:20] + 1}, 'or classes'),
+    ({'train_labels': LABELS * 0}, 'or classes'),
+    ({'test_images': GRAY[:20, :7]}, 'differ in shape'),
     ({'test_images': np.array([None] * 20)}, 'test_images'),
     ({'image': GRAY[:30, :7]}, 'extra.npz'), ({'label': LABELS[:30] + 1}, 'extra.npz'),
     ({'image': GRAY[:0], 'label': LABELS[:0]}, 'extra.npz')])
@@ -597,7 +599,7 @@ def test_the_first_images_of_a_file_that_is_sorted_by_class_are_refused():
 def test_help_shows_the_values_that_will_be_used(algorithm):
     out, _ = train(algorithm, '--help --dataset digits')
     assert 'None' not in out and '--resume DIR' in out
-    for value in ('0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn', '0'):
+    for value in ('0.1', '0.04', '14', '0.03', 'onecycle', 'smallcnn'):
         assert f'(default: {value})' in ' '.join(out.split())
     assert 'cifar10 8/255' in command('--help')[0]
 
@@ -661,7 +663,6 @@ def test_directory_names_contain_each_flag_that_changes_the_result():
     tested = {flag.split()[0].replace('-', '_') for flag in (*flags, *others)} - {'no_amp'}
     assert {*vars(flags_of('trades', ''))} - tested == {'resume', 'model_dir', 'tau'}
     assert '3' in name('--begin-epoch 3', 'gairat') and '2.5' in name('--psi 2.5', 'gairat')
-    assert len(name(f'--init-from {"very/long/" * 40}{"x" * 200}.pt')) < 150
 
 
 def test_three_files_train_a_network_with_both_outputs_closed():
@@ -973,7 +974,7 @@ def test_a_file_without_weights_is_refused_in_one_line(case, recwarn):
 
 def test_a_flipped_bit_is_detected(network):
     content = bytearray(saved(network.state_dict()))
-    content[len(content) // 2] ^= 1
+    content[content.index(network.fc.weight.detach().numpy().tobytes())] ^= 1
     Path('a.pt').write_bytes(content)
     refuses('a.pt .*damaged', models.load_model, 'a.pt')
 
@@ -1025,7 +1026,7 @@ def test_digits():
     (images, labels), held_out = data.load_data('digits'), data.load_data('digits', train=False)
     assert images.shape == (1437, 1, 28, 28) and held_out[0].shape == (360, 1, 28, 28)
     assert images.dtype == torch.uint8 and images.max() == 255 and labels.dtype == torch.int64
-    assert set(labels.tolist()) == {*range(10)} and data.class_names('digits') == [*'0123456789']
+    assert set(labels.tolist()) == {*range(10)}
     assert torch.equal(data.load_data('digits', size=7)[0], images[:7])
 
 
@@ -1035,7 +1036,7 @@ def test_mnist_and_cifar10():
     assert images.shape == (10000, 1, 28, 28) and labels[:4].tolist() == [7, 2, 1, 0]
     images, labels = data.load_data('cifar10', ROOT / 'data', size=3)
     assert images.shape == (3, 3, 32, 32) and images[0, :, 0, 31].tolist() == [148, 124, 103]
-    assert data.class_names('cifar10', ROOT / 'data')[labels[0]] == 'frog'
+    assert labels.tolist() == [6, 9, 9] and images.is_contiguous()
 
 
 @pytest.mark.parametrize('dataset, file', [
@@ -1417,7 +1418,7 @@ def test_apgd_t_is_refused_with_fewer_than_four_classes():
     ('--model-path a.eval', '--names'), ('--attacks pgd7', "'pgd7'"), ('--names a b', '--names'),
     ('--epsilon 8', '8/255'), ('--n-examples 361', '360'), ('--normalize 0.5', 'mean_and_std'),
     *[(f'--normalize {wrong}', 'normalized by') for wrong in ('0.5/0', '0.5/nan', '1,2/1')],
-    ('--batch-size 0', '--batch-size'), ('--dataset imagenet', 'imagenet'),
+    ('--batch-size 0', '--batch-size'), ('--dataset imagenet --epsilon 0.1', 'imagenet'),
     ('--figures text.pt/x', 'text.pt'),
     ('--model-path own.pt --arch net.py:linear --dataset digits', 'not take images (1, 28, 28)'),
     ('--model-path own.pt --arch net.py:Gone --dataset own.npz', 'Gone')])
@@ -1496,7 +1497,7 @@ def test_the_recipe_in_data_py_turns_folders_of_images_into_a_data_set():
     lines = re.search(r'    import numpy.*', data.__doc__, re.S)[0]
     exec(re.sub('^    ', '', lines, flags=re.M), {})
     images, labels = data.load_data('my_data.npz', size=39)  # refused if sorted by class
-    assert images.shape == (39, 3, 32, 32) and data.class_names('my_data.npz') == ['0', '1']
+    assert images.shape == (39, 3, 32, 32) and set(labels.tolist()) == {0, 1}
     assert (images[:, :2, 0, 0] == torch.stack([50 * labels, 0 * labels + 9], 1)).all()
 
 

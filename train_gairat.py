@@ -20,47 +20,33 @@ import torch
 import torch.nn.functional as F
 
 
-def batch_mean(values):
-    """Mean of values (B,) over the whole batch, which torch.distributed may have split."""
-    dtype = torch.promote_types(values.dtype, torch.float32)  # half precision would overflow
-    total = torch.stack([values.sum(dtype=dtype), torch.ones_like(values, dtype=dtype).sum()])
+def to_float32(values):
+    """The values in float32 at least, because sums in half precision would overflow."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def over_batch_mean(values):
+    """values (B,) / their mean over the batch and all processes, which must all call this."""
+    total = torch.stack([values.sum(), torch.ones_like(values).sum()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
-    return total[0] / total[1]
+    mean = total[0] / total[1]
+    return torch.where(mean == 0, 1.0, values / mean)
 
 
 def entropy_weights(logits, tau=1.0):
     """w (B,): the entropy of each example divided by the batch mean (Eq. 1-2); no gradient, mean 1.
 
     logits: (B, K) of the adversarial examples; -inf excludes a class. tau > 0 divides the logits
-    inside the entropy; tau = inf gives w = 1. If torch.distributed is in use, every process
-    must call this, because the mean is taken over all processes. Raises ValueError unless tau > 0.
+    inside the entropy; tau = inf gives w = 1. Raises ValueError unless tau > 0.
     """
     if not tau > 0:
         raise ValueError(f'tau must be above 0, not {tau}')
-    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    z = to_float32(logits.detach())
     z = z - z.amax(dim=1, keepdim=True)
     z = z.clamp(min=torch.finfo(z.dtype).min) / max(tau, 1e-30)  # finite also for -inf / inf
     log_p = F.log_softmax(z, dim=1).clamp(min=-1e4)  # so that 0 log 0 = 0
-    entropy = -(log_p.exp() * log_p).sum(1)
-    mean = batch_mean(entropy)
-    return torch.where(mean == 0, 1.0, entropy / mean)
-
-
-def check_input(x, step_size, epsilon):
-    """Raise ValueError unless x, step_size and epsilon are in [0, 1]."""
-    if not ((x >= -1e-3) & (x <= 1.001)).all():
-        raise ValueError('x_natural is not in [0, 1]: normalize inside the model, not before')
-    if not (0 <= epsilon <= 1 and 0 <= step_size <= 1):
-        raise ValueError(f'epsilon = {epsilon} and step_size = {step_size} must be in [0, 1], '
-                         'like the pixels: write 8/255')
-
-
-def check_logits(logits):
-    """The logits in float32 at least. Raises ValueError unless they are (B, K) with K >= 2."""
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f'the model returns {tuple(logits.shape)}, not logits (B, K) with K >= 2')
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return over_batch_mean(-(log_p.exp() * log_p).sum(1))
 
 
 def random_start(x_natural, epsilon):
@@ -71,30 +57,23 @@ def random_start(x_natural, epsilon):
 def gairat_weights(kappa, num_steps, psi=-1.0):
     """gamma_hat (B,) of Eq. 8, with batch mean 1, from kappa (B,) in [0, num_steps].
 
-    All weights are 1 if psi = inf, if num_steps = 0, or if psi is so low that every gamma
-    underflows to 0. Like entropy_weights, every process must call it.
+    All weights are 1 if psi = inf, or if every gamma underflows to 0.
     """
-    gamma = (1 + torch.tanh(psi + 5 * (1 - 2 * kappa / max(num_steps, 1)))) / 2
-    mean = batch_mean(gamma)
-    return torch.where(mean == 0, 1.0, gamma / mean)
+    share = to_float32(kappa) / max(num_steps, 1)
+    return over_batch_mean((1 + torch.tanh(psi + 5 * (1 - 2 * share))) / 2)
 
 
 def attack(model, x_natural, x_adv, y, step_size, epsilon, perturb_steps):
-    """Maximize CE(f(x_adv), y) by PGD from the start x_adv, in eval mode (Eq. 4).
-
-    Returns (x_adv, kappa): x_adv within epsilon of x_natural and in [0, 1]; kappa (B,) in
-    [0, perturb_steps].
-    """
+    """PGD in eval mode from the start x_adv (Eq. 4). Returns x_adv, in [0, 1] and within epsilon of
+    x_natural, and kappa (B,), in [0, perturb_steps]."""
     model.eval()
-    kappa = torch.zeros_like(y, dtype=x_natural.dtype)
+    kappa = x_natural.new_zeros(len(x_natural))
     low, high = (x_natural - epsilon).clamp(0, 1), (x_natural + epsilon).clamp(0, 1)
     for _ in range(perturb_steps):
         x_adv = x_adv.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model(x_adv)
-            loss = F.cross_entropy(logits, y, reduction='sum')
+        logits = model(x_adv)
         kappa += logits.argmax(1) == y
-        grad, = torch.autograd.grad(loss, x_adv)
+        grad, = torch.autograd.grad(F.cross_entropy(logits, y, reduction='sum'), x_adv)
         x_adv = (x_adv.detach() + step_size * grad.sign()).clamp(low, high)
     model.train()
     return x_adv.detach().clamp(0, 1), kappa
@@ -105,21 +84,21 @@ def gairat_loss(model, x_natural, y, optimizer, step_size=0.007, epsilon=0.031, 
     """The (EW-)GAIRAT loss (Eq. 8), a scalar.
 
     x_natural: images (B, C, H, W) in [0, 1], like step_size and epsilon; y: labels (B,).
-    optimizer: only used for zero_grad() before the loss; may be None. adv: the result of attack()
-    with perturb_steps, if it was called before. reduction: 'mean' or 'sum' over the batch. Leaves
-    the model in train mode. Raises ValueError if the input is invalid or the model does not return
-    logits (B, K).
+    optimizer: only used for zero_grad(); may be None. adv: the result of attack() with the same
+    perturb_steps, if it was called before. reduction: 'mean' or 'sum' over the batch. Leaves the
+    model in train mode. Raises ValueError if the images or the lengths are not in [0, 1].
     """
-    if y.dim() != 1 or y.is_floating_point():
-        raise ValueError(f'y is {y.dtype} {tuple(y.shape)}, not labels (B,)')
     if adv is None:
-        check_input(x_natural, step_size, epsilon)
+        valid = ((x_natural >= -1e-3) & (x_natural <= 1.001)).all()
+        if not (valid and 0 <= epsilon <= 1 and 0 <= step_size <= 1):
+            raise ValueError('x_natural, epsilon and step_size must be in [0, 1]: normalize inside '
+                             'the model and write 8/255')
         start = random_start(x_natural, epsilon)
         adv = attack(model, x_natural, start, y, step_size, epsilon, perturb_steps)
     if optimizer is not None:
         optimizer.zero_grad()
     x_adv, kappa = adv
-    logits_adv = check_logits(model(x_adv))
+    logits_adv = to_float32(model(x_adv))
     w = entropy_weights(logits_adv, tau) if entropy_weight else 0
     gamma_hat = gairat_weights(kappa, perturb_steps, psi)
     losses = (gamma_hat + w) * F.cross_entropy(logits_adv, y, reduction='none')
@@ -128,15 +107,13 @@ def gairat_loss(model, x_natural, y, optimizer, step_size=0.007, epsilon=0.031, 
 
 def add_algorithm_args(parser):
     parser.add_argument('--psi', '--Lambda', type=float, default=-1.0,
-                        help='shift of the weights; a higher psi makes them more equal, inf sets '
-                             'all of them to 1')
+                        help='shift of the weights: a higher one makes them more equal, inf all 1')
     parser.add_argument('--begin-epoch', type=int, metavar='N',
                         help='the first epoch with weights (default: half of --epochs)')
 
 
 def loss_options(args, epoch):
-    """psi in an epoch counted from 0; inf before --begin-epoch: all weights are 1."""
-    begin = max(1, args.epochs // 2) if args.begin_epoch is None else args.begin_epoch
+    begin = args.epochs // 2 if args.begin_epoch is None else args.begin_epoch
     return dict(psi=args.psi if epoch + 1 >= begin else float('inf'))
 
 
@@ -148,7 +125,6 @@ import argparse
 import atexit
 import contextlib
 import copy
-import csv
 import io
 import json
 import math
@@ -189,8 +165,7 @@ def parse_args(argv):
     add('--epochs', type=int, metavar='N', help='passes over the training images')
     add('--batch-size', type=int, metavar='N', help='total over all processes')
     add('--lr', type=float, help='learning rate')
-    add('--lr-schedule', choices=['multistep', 'cosine', 'onecycle'], default='multistep',
-        help='learning-rate schedule')
+    add('--lr-schedule', choices=['multistep', 'cosine', 'onecycle'], help='learning-rate schedule')
     add('--lr-milestones', type=int, nargs='*', metavar='EPOCH', help='divide lr by 10 after each')
     add('--momentum', type=float, default=0.9, metavar='M', help='momentum of SGD')
     add('--weight-decay', '--wd', type=float, metavar='WD', help='weight decay of SGD')
@@ -210,33 +185,29 @@ def parse_args(argv):
     saved = {} if known.resume is None else models.load(f'{known.resume}/last.pt')
     if known.resume and not (saved.get('algorithm') == ALGORITHM and 'optimizer' in saved):
         raise ValueError(f'{known.resume} holds no run of train_{ALGORITHM}.py to continue')
-    past = {k: v for k, v in saved.get('args', {}).items() if k != 'no_cuda'}
+    past = dict(saved.get('args', {}))
     dataset, epochs = past.get('dataset', known.dataset), past.get('epochs')
     if past and past['lr_milestones'] == data.protocol(dataset, epochs)['lr_milestones']:
         del past['lr_milestones']  # they follow the number of epochs
     parser.set_defaults(**data.protocol(dataset, known.epochs or epochs) | past)
     args = parser.parse_args(argv)
 
-    sizes = args.epochs, args.num_steps, args.batch_size, args.lr, args.tau
-    for holds, message in (  # known holds the flags of this command alone
-            (all(size > 0 for size in sizes),
-             '--epochs, --num-steps, --batch-size, --lr and --tau must be above 0'),
-            (min(args.seed, args.awp_gamma) >= 0, '--seed and --awp-gamma must not be negative'),
-            (not args.awp_gamma or args.awp_warmup < args.epochs,
-             '--awp-gamma needs an --awp-warmup below --epochs'),
-            ((vars(args).get('begin_epoch') or 1) <= args.epochs,
-             '--begin-epoch must not exceed --epochs'),
-            (args.ema is None or 0 < args.ema < 1, '--ema must lie between 0 and 1'),
-            (0 < args.extra_fraction < 1, '--extra-fraction must lie between 0 and 1'),
-            (args.entropy_weight or args.tau == 1, '--tau needs --entropy-weight'),
-            (args.lr_milestones == sorted({n for n in args.lr_milestones if n > 0}),
-             '--lr-milestones must be positive and increasing'),
-            (args.lr_schedule == 'multistep' or known.lr_milestones is None,
-             '--lr-milestones needs --lr-schedule multistep'),
-            (not saved or not (known.init_from or known.model_dir),
-             '--init-from and --model-dir cannot be given with --resume'),
-            (not saved or ':' not in args.arch or known.arch,
-             'give --arch again: code is run only if the command names it')):
+    for message, holds in {  # known holds the flags of this command alone
+        '--epochs, --num-steps, --batch-size, --lr and --tau must be above 0':
+            all(v > 0 for v in (args.epochs, args.num_steps, args.batch_size, args.lr, args.tau)),
+        '--seed and --awp-gamma must not be negative': args.seed >= 0 and args.awp_gamma >= 0,
+        '--awp-warmup must be below --epochs': not args.awp_gamma or args.awp_warmup < args.epochs,
+        '--begin-epoch exceeds --epochs': (vars(args).get('begin_epoch') or 1) <= args.epochs,
+        '--ema must lie between 0 and 1': args.ema is None or 0 < args.ema < 1,
+        '--extra-fraction must leave each batch images of both kinds': not args.extra_data
+            or 0.5 < args.extra_fraction * args.batch_size < args.batch_size - 0.5,
+        '--tau needs --entropy-weight': args.entropy_weight or args.tau == 1,
+        '--lr-milestones needs --lr-schedule multistep':
+            args.lr_schedule == 'multistep' or known.lr_milestones is None,
+        '--resume excludes --init-from and --model-dir':
+            not saved or not (known.init_from or known.model_dir),
+        '--arch names code: give it again': not saved or ':' not in args.arch or known.arch,
+    }.items():
         if not holds:
             raise ValueError(message)
     args.model_dir = args.resume or args.model_dir or data.run_name(args, parser, ALGORITHM)
@@ -257,11 +228,6 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
         dist.all_reduce(value, op)
     return value
-
-
-def require_grad(weights, wanted):
-    for p in weights:
-        p.requires_grad_(wanted)
 
 
 def backward(model, loss, batch_size):
@@ -290,7 +256,7 @@ def test(model, images, labels, args, layout, rank, world):
             grad, = torch.autograd.grad(F.cross_entropy(model(x_adv), y, reduction='sum'), x_adv)
             x_adv = (x_adv.detach() + args.epsilon / 4 * grad.sign()).clamp(low, high)
         with torch.no_grad():
-            logits, logits_adv = check_logits(model(x)), check_logits(model(x_adv))
+            logits, logits_adv = to_float32(model(x)), to_float32(model(x_adv))
         z = torch.stack([logits_adv, logits_adv / args.tau])
         log_p = F.log_softmax(z, dim=2).clamp(min=-1e4)
         h, h_tau = -(log_p.exp() * log_p).sum(2).double()
@@ -321,17 +287,14 @@ def main(argv):
         if cuda:
             torch.cuda.set_device(device)
             torch.backends.cudnn.benchmark = True
+        loaded = data.load_run(args) if rank == 0 else None  # it downloads what is missing
         if world > 1:  # gloo as well, so that polling for signals does not wait for the GPU
             dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo')
             atexit.register(dist.destroy_process_group)
             atexit.register(time.sleep, 1)  # runs first: torch 2.4 hangs if gloo is still busy
-        if rank > 0:
-            dist.barrier()  # the first process downloads what is missing
 
         # data: all of it stays on the device as uint8
-        images, labels, num_own, held_out, num_classes = data.load_run(args)
-        if rank == 0 and world > 1:
-            dist.barrier()
+        images, labels, num_own, held_out, num_classes = loaded or data.load_run(args)
         images, labels, *held_out = (t.to(device) for t in (images, labels, *held_out))
 
         # network
@@ -341,17 +304,15 @@ def main(argv):
             models.start_from(model, args.init_from)
         layout = getattr(model, 'memory_format', torch.contiguous_format)
         model = model.to(device, memory_format=layout)
-        smallest = num_own % args.batch_size if len(images) == num_own else 0
-        smallest = max(1, (smallest or args.batch_size) // world)  # of all batches
-        trial = data.to_float(images[:min(3, smallest)], layout)
-        models.check_network(model, trial, num_classes)
+        models.check_network(model, data.to_float(images[:3], layout), num_classes)
         if world > 1:
             if cuda:  # batch statistics of the whole batch
                 model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, 0)
-        ema = copy.deepcopy(model).requires_grad_(False) if args.ema else None
         weights = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)  # except for the loss: attacks need gradients of their input
+        ema = copy.deepcopy(model) if args.ema else None
         sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
         optimizer = torch.optim.SGD(model.parameters(), args.lr, fused=cuda, **sgd)
         models.accelerate(model, args.amp, args.compile, (args.batch_size // world, 512))
@@ -359,29 +320,24 @@ def main(argv):
             models.accelerate(ema, args.amp)
 
         # where the run stands
-        epoch, step, log, unsaved, began = 0, 0, [], {}, time.monotonic()
-        total = torch.zeros((), dtype=torch.float64, device=device)  # summed loss of this epoch
         about = dict(algorithm=ALGORITHM, dataset=args.dataset, arch=args.arch, args=vars(args),
                      num_classes=num_classes, device=device.type, processes=world,
-                     images=data.checksum(images, labels, *held_out),
-                     torch=str(torch.__version__), command=[sys.argv[0], *argv])
+                     images=data.checksum(images, labels, *held_out), torch=str(torch.__version__))
+        before, now = saved.get('args', {}) | saved, vars(args) | about
+        compared = before.keys() & now.keys() - {'args', 'resume', 'model_dir'}
+        changed = {k: f'{k} {before[k]} -> {now[k]}' for k in compared if before[k] != now[k]}
+        state = dict(epoch=0, step=0, total=0.0, log=[], seconds=0.0) | saved
+        if changed.keys() & {'batch_size', 'images'}:  # the steps done were other batches
+            state |= dict(step=0, total=0.0)
+        epoch, step, log = state['epoch'], state['step'], state['log']
+        total = torch.tensor(state['total'], dtype=torch.float64, device=device)  # summed loss
+        began = time.monotonic() - state['seconds']
         if saved:
-            before, now = saved['args'] | saved, vars(args) | about
-            compared = before.keys() & now.keys() - {'args', 'command', 'resume', 'model_dir',
-                                                     'no_cuda'}
-            changed = {k: f'{k} {before[k]} -> {now[k]}' for k in compared if before[k] != now[k]}
-            if changed.keys() & {'batch_size', 'images'}:  # the steps done were other batches
-                saved |= dict(step=0, total=0)
             model.load_state_dict(saved['state_dict'])
-            if ema:
-                ema.load_state_dict(saved['ema_state_dict'] or saved['state_dict'])
             optimizer.load_state_dict(saved['optimizer'])
             optimizer.param_groups[0].update(sgd)
-            epoch, step, log = saved['epoch'], saved['step'], saved['log']
-            total.fill_(saved['total'])
-            began -= saved['seconds']
-            say('; '.join([f'{args.resume}: {epoch} epochs and {step} steps are done',
-                           *changed.values()]))
+            if ema:
+                ema.load_state_dict(saved['ema_state_dict'] or saved['state_dict'])
 
         if rank == 0:
             os.makedirs(args.model_dir, exist_ok=True)
@@ -392,51 +348,46 @@ def main(argv):
         one_line = ' '.join(str(error).split())[:500]
         argparse.ArgumentParser(usage=argparse.SUPPRESS).error(one_line)
 
+    unsaved = {}  # the content of each file that is yet to be written
+
     def save(*names):
-        """Write config.json, log.csv and NAME.pt for each name; try again later if that fails."""
+        """Write config.json, log.csv and the named checkpoints; what fails is written next time."""
         if rank > 0:
             return
         content = dict(about, epoch=epoch, step=step, log=log, total=total.item(),
                        seconds=time.monotonic() - began, state_dict=model.state_dict(),
                        optimizer=optimizer.state_dict(), ema_state_dict=ema and ema.state_dict())
-        buffer = io.BytesIO()  # if it cannot be written now, these weights are written later
+        buffer = io.BytesIO()
         torch.save(content, buffer)
-        unsaved.update(dict.fromkeys(names, buffer))
+        config = json.loads(json.dumps(about), parse_constant=str)  # JSON has no inf
+        rows = [[*log[-1]], *([row.get(k, '') for k in log[-1]] for row in log)] if log else []
+        unsaved.update({
+            'config.json': json.dumps(config, indent=1).encode(),
+            'log.csv': '\n'.join(','.join(map(str, row)) for row in rows).encode(),
+            **dict.fromkeys(names, buffer.getbuffer())})
         try:
-            with models.atomic_write(f'{args.model_dir}/config.json') as f:
-                json.dump(json.loads(json.dumps(about), parse_constant=str), f, indent=1)  # inf
-            with models.atomic_write(f'{args.model_dir}/log.csv', newline='') as f:
-                writer = csv.DictWriter(f, log[-1] if log else [], extrasaction='ignore')
-                writer.writeheader()
-                writer.writerows(log)
-            for name in sorted(unsaved, key=lambda name: name == 'last'):  # last.pt comes last
-                with models.atomic_write(f'{args.model_dir}/{name}.pt', 'wb') as f:
-                    f.write(unsaved[name].getbuffer())
+            for name in sorted(unsaved, key=lambda name: name == 'last.pt'):  # last.pt comes last
+                with models.atomic_write(f'{args.model_dir}/{name}', 'wb') as f:
+                    f.write(unsaved[name])
                 del unsaved[name]
         except OSError as error:
             say(f'Warning: cannot save in {args.model_dir} ({error.strerror}); training continues')
 
     # on Ctrl-C, kill or a cluster's time limit, the run ends after the step, saved
     stop = torch.zeros((), dtype=torch.int)
-
-    def ask_to_stop(number, _):
-        stop.fill_(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # not SIGTERM: clusters send it twice
-
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, ask_to_stop)
+            signal.signal(number, lambda number, _: stop.fill_(number))
 
-    say(f'{args.arch}, {len(images):,} images, {world} process{"es" * (world > 1)} on '
-        f'{device.type}; saved in {args.model_dir}')
+    say('; '.join([f'{args.arch}, {len(images):,} images, {world} x {device.type}',
+                   f'{args.model_dir}: {epoch} epochs and {step} steps done', *changed.values()]))
     saved_at = time.monotonic()
     for epoch in range(epoch, args.epochs):
         data.seed(args.seed, epoch)
         batches = data.draw_batches(num_own, len(images), args, device)
         num_steps, num_images = len(batches), sum(map(len, batches))
         num_done, epoch_began = 0, time.monotonic()
-        bar = tqdm(range(step, num_steps), f'epoch {epoch + 1}/{args.epochs}', num_steps,
-                   initial=step, unit='batch', leave=False,
+        bar = tqdm(range(step, num_steps), f'epoch {epoch + 1}/{args.epochs}', leave=False,
                    disable=None if rank == 0 and sys.stderr else True)
         for step in bar:
             optimizer.param_groups[0]['lr'] = learning_rate(args, epoch + (step + 0.5) / num_steps)
@@ -449,10 +400,9 @@ def main(argv):
             x, x_start, y = (t.tensor_split(world)[rank] for t in (x, x_start, y))
             data.seed(args.seed, epoch, step, 1 + rank)  # dropout
 
-            require_grad(weights, False)  # the attack needs gradients of its input only
             adv = attack(model, x, x_start, y, args.step_size, args.epsilon, args.num_steps)
-            require_grad(weights, True)
-
+            for p in weights:
+                p.requires_grad_(True)
             loss_args = dict(model=model, x_natural=x, y=y, optimizer=optimizer, adv=adv,
                              perturb_steps=args.num_steps, entropy_weight=args.entropy_weight,
                              tau=args.tau, reduction='sum', **loss_options(args, epoch))
@@ -463,6 +413,7 @@ def main(argv):
                 unperturbed = models.perturb_weights(model, args.awp_gamma)
             total += backward(model, loss_function(**loss_args), batch_size)
             models.restore_weights(unperturbed)
+            model.requires_grad_(False)
             optimizer.step()
             if world > 1 and not cuda:  # one set of batch statistics, as a resumed run has
                 for statistics in model.buffers():
@@ -477,36 +428,29 @@ def main(argv):
             if saving or step % -(-num_steps // 4) == 0:
                 loss = total.item() / min(step * args.batch_size, num_images)
                 if not (math.isfinite(loss) and all(p.isfinite().all() for p in weights)):
-                    sys.exit(f'the loss or a weight is not finite by step {step} of epoch '
-                             f'{epoch + 1}: try a lower --lr')
+                    sys.exit(f'diverged by step {step} of epoch {epoch + 1}: try a lower --lr')
                 bar.set_postfix(loss=f'{loss:.3f}')
                 if bar.disable:
                     say(f'epoch {epoch + 1}, step {step}/{num_steps}: loss {loss:.3f}')
             if saving:
-                save('last')
+                save('last.pt')
                 saved_at = time.monotonic()
             if asked:
                 all_reduce(torch.zeros(1))  # until the first process has saved
                 say(f'stopped; continue with --resume {args.model_dir}')
                 sys.exit(128 + asked)
 
-        images_per_s = num_done / (time.monotonic() - epoch_began)
-        require_grad(weights, False)
-        row = {'epoch': epoch + 1, 'lr': optimizer.param_groups[0]['lr'],
-               'loss': total.item() / num_images,
-               **test(model, *held_out, args, layout, rank, world)}
-        if ema:
-            result = test(ema, *held_out, args, layout, rank, world)
-            row |= {f'ema_{name}': value for name, value in result.items()}
-        require_grad(weights, True)
-        row |= {'images_per_s': images_per_s, 'seconds': time.monotonic() - began}
-        log.append(row)
+        log.append(dict(epoch=epoch + 1, lr=optimizer.param_groups[0]['lr'],
+                        loss=total.item() / num_images,
+                        images_per_s=num_done / (time.monotonic() - epoch_began),
+                        **test(ema or model, *held_out, args, layout, rank, world),
+                        seconds=time.monotonic() - began))
         epoch, step = epoch + 1, 0
         total.zero_()
-        best = max(log, key=lambda row: row.get('ema_pgd10', row['pgd10']))
+        is_best = max(log, key=lambda row: row['pgd10']) is log[-1]
         keep = args.save_freq and epoch % args.save_freq == 0
-        save(*['best'] * (best is log[-1]), *[f'epoch-{epoch}'] * keep, 'last')
-        say('  '.join(f'{name} {value:.4g}' for name, value in row.items()))
+        save(*['best.pt'] * is_best, *[f'epoch-{epoch}.pt'] * keep, 'last.pt')
+        say('  '.join(f'{name} {value:.4g}' for name, value in log[-1].items()))
 
     if unsaved:
         sys.exit(f'{", ".join(unsaved)} could not be saved in {args.model_dir}')
