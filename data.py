@@ -137,8 +137,10 @@ def seed(*numbers):
 def load_run(args):
     """Training images and labels, of which the first N are the data set's and any others extra; N;
     the (images, labels) held out (test images or, with --val-size, training images); classes."""
-    classes = 1 + load_data(args.dataset, args.data_dir)[1].max().item()
-    images, labels = load_data(args.dataset, args.data_dir, True, args.train_size)
+    images, labels = load_data(args.dataset, args.data_dir)
+    classes = labels.max().item() + 1
+    if args.train_size is not None:
+        images, labels = load_data(args.dataset, args.data_dir, True, args.train_size)
     held_out = load_data(args.dataset, args.data_dir, False, args.test_size)
     if args.val_size:  # the last val_size / K images of each of K classes
         size = args.val_size // classes

@@ -533,40 +533,31 @@ def mean_and_std(text):
 
 # ---------------------------------------------------------------- perturbed and averaged weights
 
+def snapshot(tensors):
+    """The tensors, each with a copy of its values, for restore."""
+    return [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+
+def restore(kept):
+    """Give the tensors of a snapshot their values back, exactly."""
+    with torch.no_grad():
+        for tensor, values in kept:
+            tensor.copy_(values)
+
+
 def perturb_weights(model, gamma):
     """Adversarial weight perturbation (Wu et al., 2020): w += gamma ||w|| / ||g|| g, g = w.grad.
 
     Moves the parameters of two or more dimensions named weight, as the official code does; returns
-    what restore_weights takes back. The official proxy network amounts to this: its learning rate
-    cancels in the normalization.
+    a snapshot of them. The official proxy network amounts to this: its learning rate cancels in the
+    normalization.
     """
-    kept = [(w, w.detach().clone()) for name, w in model.named_parameters()
-            if 'weight' in name and w.dim() > 1 and w.grad is not None]
+    kept = snapshot(w for name, w in model.named_parameters()
+                    if 'weight' in name and w.dim() > 1 and w.grad is not None)
     with torch.no_grad():
         for w, _ in kept:
             w += gamma * w.norm() / (w.grad.norm() + 1e-12) * w.grad
     return kept
-
-
-def restore_weights(kept):
-    """Undo perturb_weights, exactly."""
-    with torch.no_grad():
-        for w, before in kept:
-            w.copy_(before)
-
-
-@contextlib.contextmanager
-def frozen_statistics(model):
-    """Within this context, batch normalization does not update its running statistics."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-              and m.track_running_stats]
-    for m in layers:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in layers:
-            m.track_running_stats = True
 
 
 def average(ema, model, decay):

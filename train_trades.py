@@ -175,7 +175,7 @@ def parse_args(argv):
     saved = {} if known.resume is None else models.load(f'{known.resume}/last.pt')
     if known.resume and not (saved.get('algorithm') == ALGORITHM and 'optimizer' in saved):
         raise ValueError(f'{known.resume} holds no run of train_{ALGORITHM}.py to continue')
-    past = dict(saved.get('args', {}))
+    past = {k: v for k, v in saved.get('args', {}).items() if k != 'no_cuda'}
     dataset, epochs = past.get('dataset', known.dataset), past.get('epochs')
     if past and past['lr_milestones'] == data.protocol(dataset, epochs)['lr_milestones']:
         del past['lr_milestones']  # they follow the number of epochs
@@ -353,7 +353,7 @@ def main(argv):
         rows = [[*log[-1]], *([row.get(k, '') for k in log[-1]] for row in log)] if log else []
         unsaved.update({
             'config.json': json.dumps(config, indent=1).encode(),
-            'log.csv': '\n'.join(','.join(map(str, row)) for row in rows).encode(),
+            'log.csv': ''.join(','.join(map(str, row)) + '\n' for row in rows).encode(),
             **dict.fromkeys(names, buffer.getbuffer())})
         try:
             for name in sorted(unsaved, key=lambda name: name == 'last.pt'):  # last.pt comes last
@@ -365,9 +365,14 @@ def main(argv):
 
     # on Ctrl-C, kill or a cluster's time limit, the run ends after the step, saved
     stop = torch.zeros((), dtype=torch.int)
+
+    def ask_to_stop(number, _):
+        stop.fill_(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # not SIGTERM: clusters send it twice
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda number, _: stop.fill_(number))
+            signal.signal(number, ask_to_stop)
 
     say('; '.join([f'{args.arch}, {len(images):,} images, {world} x {device.type}',
                    f'{args.model_dir}: {epoch} epochs and {step} steps done', *changed.values()]))
@@ -398,11 +403,12 @@ def main(argv):
                              tau=args.tau, reduction='sum', **loss_options(args, epoch))
             unperturbed = []
             if args.awp_gamma and epoch >= args.awp_warmup:
-                with models.frozen_statistics(model):
-                    backward(model, loss_function(**loss_args), batch_size)
+                statistics = models.snapshot(model.buffers())
+                backward(model, loss_function(**loss_args), batch_size)
+                models.restore(statistics)  # batch normalization counts the other pass
                 unperturbed = models.perturb_weights(model, args.awp_gamma)
             total += backward(model, loss_function(**loss_args), batch_size)
-            models.restore_weights(unperturbed)
+            models.restore(unperturbed)
             model.requires_grad_(False)
             optimizer.step()
             if world > 1 and not cuda:  # one set of batch statistics, as a resumed run has
