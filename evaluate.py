@@ -59,6 +59,7 @@ LOW_CLEAN = {'mnist': 0.9, 'digits': 0.9, 'cifar10': 0.6, 'cifar100': 0.3}
 # Okabe and Ito's colors, which color-blind readers can distinguish
 COLORS = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #B8A800'.split()
 LINES, MARKERS = ('-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))), 'os^DvP'
+WRITTEN = {'pgd20': 'PGD-20', 'worst': 'worst case', 'autoattack': 'AutoAttack'}
 STYLE = {'font.size': 7, 'legend.fontsize': 6, 'axes.titlesize': 6, 'lines.linewidth': 1.1,
          'lines.markersize': 4.5, 'axes.grid': True, 'axes.axisbelow': True, 'grid.linewidth': 0.3,
          'legend.frameon': False, 'pdf.fonttype': 42, 'text.parse_math': False}
@@ -368,8 +369,8 @@ def print_tables(args, rows, groups):
         for name, means, sds in lines:
             for k, v in means.items():
                 factor, digits = (1, 3) if k in ('entropy', 'sd_of_w') else (100, 2)
-                name += f' | {factor * v:.{digits}f}'
-                name += f' ± {factor * sds[k]:.{digits}f}' if sds else ''
+                name += ' | -' if math.isnan(v) else f' | {factor * v:.{digits}f}'
+                name += f' ± {factor * sds[k]:.{digits}f}' if sds and not math.isnan(v) else ''
             print(f'| {name} |')
         print(flush=True)
 
@@ -432,9 +433,10 @@ def plot_entropy_vs_robustness(args, groups):
                                      for row in group.rows])
             xerr, yerr = points.std(0, ddof=1) if len(points) > 1 else (None, None)
             ax.errorbar(*points.mean(0), yerr, xerr, group.marker, color=group.color,
-                        fillstyle='none', elinewidth=0.6, label=group.title)
+                        fillstyle='full' if group.marker == 'o' else 'none', elinewidth=0.6,
+                        label=group.title)
         ax.set(xlabel=f'PGD-20 examples with entropy above {args.entropy_threshold:g} nats (%)',
-               ylabel=f'accuracy (%), {attack}')
+               ylabel=f'accuracy (%), {WRITTEN[attack]}')
 
 
 def plot_pgd_vs_worst(args, groups):
@@ -445,15 +447,16 @@ def plot_pgd_vs_worst(args, groups):
         for i, group in enumerate(groups):
             values = {k: [100 * row['accuracy'][k] for row in group.rows] for k in marks}
             for attack, seeds in values.items():
-                style = dict(marker=marks[attack], color=group.color, fillstyle='none')
-                ax.plot(seeds, [i] * len(seeds), linestyle='', markersize=2, **style)
-                ax.plot(np.mean(seeds), i, **style)
+                style = dict(color=group.color, fillstyle='none' if attack == 'pgd20' else 'full')
+                ax.plot(seeds, [i] * len(seeds), marks[attack], markersize=2, **style)
+                ax.plot(np.mean(seeds), i, marks[attack], **style)
             ends = np.mean(values['worst']), np.mean(values['pgd20'])
             ax.plot(ends, [i, i], color=group.color, linestyle=group.line)
             ax.annotate(f'{ends[1] - ends[0]:.1f}', (ends[0], i), (4, 3), fontsize=6,
                         textcoords='offset points')
         for attack, mark in marks.items():
-            ax.plot([], [], mark, color='0.2', fillstyle='none', label=attack)
+            ax.plot([], [], mark, color='0.2', label=WRITTEN[attack],
+                    fillstyle='none' if attack == 'pgd20' else 'full')
         ax.set_yticks(range(len(groups)), [group.title for group in groups])
         ax.set(xlabel='robust accuracy (%)', ylim=(len(groups) - 0.5, -0.7))
 
