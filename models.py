@@ -254,7 +254,8 @@ def normalize_input(model, mean, std):
 
     mean, std: one value or one for each channel. Raises ValueError unless std is above 0.
     """
-    if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0 or {len(mean), len(std)} - {1, 3}:
+    finite = all(map(math.isfinite, [*mean, *std]))
+    if not finite or min(std) <= 0 or {len(mean), len(std)} - {1, 3}:
         raise ValueError(f'images cannot be normalized by mean {mean} and std {std}')
     if not hasattr(model, 'input_mean'):
         model.register_forward_pre_hook(lambda m, x: (x[0] - m.input_mean) / m.input_std)

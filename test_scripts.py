@@ -1295,7 +1295,7 @@ def test_the_table_the_json_and_the_outcomes_agree_with_the_functions(run, train
         'worst': worst.mean(), 'pgd20 - worst': (correct['pgd20'] & ~worst).mean()}
     row = {k: f'{100 * v:.2f}' for k, v in expected.items()}
     assert table(out) == {'digits-at-seed1': row} and 'n = 12' in out and 'epsilon 0.04;' in out
-    assert table(out, 1)['digits-at-seed1']['accuracy high entropy'] == 'nan'  # over no examples
+    assert table(out, 1)['digits-at-seed1']['accuracy high entropy'] == '-'  # of no example
     content = json.loads(Path('a.json').read_text())
     model, clean = content['models'][0], expected['clean']
     assert model['accuracy'] == pytest.approx(expected) and model['warnings'] == []
