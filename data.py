@@ -69,11 +69,11 @@ def load_data(dataset, data_dir='./data', train=True, size=None):
                              f'downloaded ({error!r}); digits needs no download') from None
         images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
         images = images[:, None] if dataset == 'mnist' else images.permute(0, 3, 1, 2)
-    if train and labels.bincount().min() == 0:
+    if train and len(labels.unique()) != labels.max() + 1:
         raise ValueError(f'{dataset}: labels must be 0 to K - 1, each with a training image')
     size = len(images) if size is None else size
     if not 1 <= size <= len(images):
-        raise ValueError(f'{dataset} has {len(images)} {split} images; cannot take {size} of them')
+        raise ValueError(f'the {split} split of {dataset} has {len(images)} images, not {size}')
     if size < len(images) and (labels.diff() >= 0).all():
         raise ValueError(f'{dataset} is sorted by class: shuffle it, or use all of its images')
     return images[:size].contiguous(), labels[:size].long()
@@ -113,7 +113,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         value = pixels_text(action.default) if action.type is pixels else action.default
-        return f'{action.help} (default: {value})' if value and action.nargs != 0 else action.help
+        shown = value and action.nargs != 0 and 'default' not in action.help
+        return f'{action.help} (default: {value})' if shown else action.help
 
 
 def run_name(args, parser, algorithm):
@@ -152,9 +153,9 @@ def load_run(args):
             held[(labels == k).nonzero()[-size:]] = True
         held_out, images, labels = (images[held], labels[held]), images[~held], labels[~held]
     extra = load_npz(args.extra_data, 'image', 'label') if args.extra_data else ()
-    for name, found in (('the held-out images', held_out), (args.extra_data, extra)):
-        if found and (found[0].shape[1:] != images.shape[1:] or found[1].max() >= classes):
-            raise ValueError(f'{name} and the training images differ in shape or classes')
+    for path, (x, y) in ((args.dataset, held_out), (args.extra_data, extra or held_out)):
+        if x.shape[1:] != images.shape[1:] or y.max() >= classes:
+            raise ValueError(f'{path}: images differ in shape or classes from the training images')
     num_own = len(images)
     if extra:
         images, labels = torch.cat([images, extra[0]]), torch.cat([labels, extra[1]])
@@ -179,8 +180,10 @@ def draw_batches(num_own, num_images, args, device):
 
 def checksum(*tensors):
     """CRC-32 of all tensors; a resumed run uses it to detect that its images have changed."""
-    views = (tensor.cpu().reshape(-1).view(torch.uint8).numpy() for tensor in tensors)
-    return zlib.crc32(b''.join(views))
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), value)
+    return value
 
 
 def to_float(images, memory_format=torch.contiguous_format):

@@ -327,7 +327,8 @@ def group_seeds(rows):
     for row in rows:
         names.setdefault(re.sub(r'[-_ ]?seed[-_ ]?\d+', '*', row['model']), []).append(row)
     for name, group in names.items():
-        label = f'{name.replace("*", "")} ({len(group)} seeds)' if group[1:] else group[0]['model']
+        label = f'{name.replace("*", "") or "all"} ({len(group)} seeds)'
+        label = label if group[1:] else group[0]['model']
         method = group[0]['about'].get('algorithm', label)
         methods += [method] if method not in methods else []
         color = COLORS[methods.index(method) % len(COLORS)]
@@ -367,6 +368,7 @@ def print_tables(args, rows, groups):
         lines = [(row['model'], row[part], {}) for row in rows]
         lines += [(f'{s["name"]}: mean ± sd', *s[part].values()) for s in seed_means(groups)]
         for name, means, sds in lines:
+            name = name.replace('|', '/')
             for k, v in means.items():
                 factor, digits = (1, 3) if k in ('entropy', 'sd_of_w') else (100, 2)
                 name += ' | -' if math.isnan(v) else f' | {factor * v:.{digits}f}'
@@ -448,7 +450,8 @@ def plot_pgd_vs_worst(args, groups):
             values = {k: [100 * row['accuracy'][k] for row in group.rows] for k in marks}
             for attack, seeds in values.items():
                 style = dict(color=group.color, fillstyle='none' if attack == 'pgd20' else 'full')
-                ax.plot(seeds, [i] * len(seeds), marks[attack], markersize=2, **style)
+                if seeds[1:]:
+                    ax.plot(seeds, [i] * len(seeds), marks[attack], markersize=2, **style)
                 ax.plot(np.mean(seeds), i, marks[attack], **style)
             ends = np.mean(values['worst']), np.mean(values['pgd20'])
             ax.plot(ends, [i, i], color=group.color, linestyle=group.line)
@@ -469,11 +472,13 @@ def plot_tsne(args, groups, images, labels):
     with figure(args, 'tsne', len(groups)) as axes:
         for ax, group in zip(axes, groups):
             model, inputs = group.rows[0]['network'], []
-            last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
+            linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+            if not linear:
+                raise ValueError('the t-SNE figure needs a network with a linear layer')
             for batch in index.split(args.batch_size):
                 x_adv = run_attack('pgd20', model, to_input(model, images[batch]), labels[batch],
                                    args.epsilon, args.seed)
-                with last.register_forward_pre_hook(
+                with linear[-1].register_forward_pre_hook(
                         lambda _, given: inputs.append(given[0].flatten(1).cpu().numpy())):
                     predict(model, x_adv)
             tsne = TSNE(perplexity=min(30, (len(y) - 1) / 3), init='pca', random_state=args.seed)
@@ -551,6 +556,9 @@ def prepare(args, device):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     images, labels = data.load_data(args.dataset, args.data_dir, args.split == 'train',
                                     args.n_examples)
+    if labels.max() >= num_classes:
+        raise ValueError(f'{args.dataset}: a test label is above {num_classes - 1}, the highest '
+                         'training label')
     checksum, images, labels = data.checksum(images, labels), images.to(device), labels.to(device)
     rows = []
     for name, path, saved in zip(args.names, args.model_path, about):
@@ -564,7 +572,7 @@ def prepare(args, device):
             raise ValueError(f'{path}: the network does not take images {tuple(images.shape[1:])} '
                              f'of {args.dataset}: {error}') from None
         if clean < LOW_CLEAN.get(args.dataset, 0.3) and not saved:
-            texts.append(f'classifies only {clean:.1%} of {len(y)} images correctly: perhaps it '
+            texts.append(f'gets only {clean:.1%} of the first {len(y)} images right: perhaps it '
                          'needs --normalize, --arch preactresnet18-raw or another --dataset')
         rows.append(dict(model=name, path=path, about=saved, network=model, n=len(labels),
                          weights=weights, warnings=texts,

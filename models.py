@@ -200,29 +200,38 @@ class PreActSwishBlock(nn.Module):
         return self.conv_2d_2(F.silu(self.batchnorm_1(out))) + self.shortcut(x)
 
 
+class SwishNetwork(nn.Sequential):
+    """Its first two layers, batch normalization and the last layer, are applied after the others:
+    this is the order of the weights in DeepMind's code."""
+
+    def forward(self, x):
+        batchnorm, logits, *others = self
+        for layer in others:
+            x = layer(x)
+        return logits(F.silu(batchnorm(x)).mean((2, 3)))
+
+
 def wideresnet_swish(depth, width, num_classes, in_channels):
     """DeepMind's WideResNet (Gowal et al., 2020), with SiLU."""
     n = (depth - 4) // 6
-    return sequential(
+    return SwishNetwork(OrderedDict(
+        batchnorm=nn.BatchNorm2d(64 * width), logits=nn.Linear(64 * width, num_classes),
         init_conv=conv3x3(in_channels, 16),
         layer=nn.Sequential(
             sequential(block=stack(SwishBlock, 16, 16 * width, n, 1)),
             sequential(block=stack(SwishBlock, 16 * width, 32 * width, n, 2)),
-            sequential(block=stack(SwishBlock, 32 * width, 64 * width, n, 2))),
-        batchnorm=nn.BatchNorm2d(64 * width), silu=nn.SiLU(), mean=SpatialMean(),
-        logits=nn.Linear(64 * width, num_classes))
+            sequential(block=stack(SwishBlock, 32 * width, 64 * width, n, 2)))))
 
 
 def preactresnet18_swish(num_classes, in_channels):
     """DeepMind's PreActResNet-18, with SiLU."""
-    return sequential(
+    return SwishNetwork(OrderedDict(
+        batchnorm=nn.BatchNorm2d(512), logits=nn.Linear(512, num_classes),
         conv_2d=conv3x3(in_channels, 64),
         layer_0=stack(PreActSwishBlock, 64, 64, 2, 1),
         layer_1=stack(PreActSwishBlock, 64, 128, 2, 2),
         layer_2=stack(PreActSwishBlock, 128, 256, 2, 2),
-        layer_3=stack(PreActSwishBlock, 256, 512, 2, 2),
-        batchnorm=nn.BatchNorm2d(512), silu=nn.SiLU(), mean=SpatialMean(),
-        logits=nn.Linear(512, num_classes))
+        layer_3=stack(PreActSwishBlock, 256, 512, 2, 2)))
 
 
 def smallcnn(num_classes, in_channels):
@@ -249,6 +258,10 @@ def smallcnn(num_classes, in_channels):
     return model
 
 
+def normalized(model, x):
+    return (x[0] - model._image_mean) / model._image_std
+
+
 def normalize_input(model, mean, std):
     """From now on, the network takes (x - mean) / std in place of x; returns it.
 
@@ -257,9 +270,9 @@ def normalize_input(model, mean, std):
     finite = all(map(math.isfinite, [*mean, *std]))
     if not finite or min(std) <= 0 or {len(mean), len(std)} - {1, 3}:
         raise ValueError(f'images cannot be normalized by mean {mean} and std {std}')
-    if not hasattr(model, 'input_mean'):
-        model.register_forward_pre_hook(lambda m, x: (x[0] - m.input_mean) / m.input_std)
-    for name, values in (('input_mean', mean), ('input_std', std)):
+    if not hasattr(model, '_image_mean'):
+        model.register_forward_pre_hook(normalized, prepend=True)
+    for name, values in (('_image_mean', mean), ('_image_std', std)):
         model.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
     return model
 
@@ -483,12 +496,12 @@ def load_weights(model, content):
 
 
 def start_from(model, path):
-    """Load the weights of a checkpoint into a new network; ValueError unless they fit it."""
+    """Load the weights of a checkpoint into a new network. Raises ValueError unless they fit it."""
     try:
         normalization = load_weights(model, load(path))
     except RuntimeError as error:
         raise ValueError(f'{path}: {error}') from None
-    if normalization and not hasattr(model, 'input_mean'):
+    if normalization and not hasattr(model, '_image_mean'):
         raise ValueError(f'{path} holds a normalization of the images, which would be lost')
 
 

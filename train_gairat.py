@@ -38,7 +38,8 @@ def entropy_weights(logits, tau=1.0):
     """w (B,): the entropy of each example divided by the batch mean (Eq. 1-2); no gradient, mean 1.
 
     logits: (B, K) of the adversarial examples; -inf excludes a class. tau > 0 divides the logits
-    inside the entropy; tau = inf gives w = 1. Raises ValueError unless tau > 0.
+    inside the entropy; tau = inf gives w = 1. Raises ValueError unless tau > 0. The mean is taken
+    over all processes of torch.distributed, which must all call this.
     """
     if not tau > 0:
         raise ValueError(f'tau must be above 0, not {tau}')
@@ -107,7 +108,7 @@ def gairat_loss(model, x_natural, y, optimizer, step_size=0.007, epsilon=0.031, 
 
 def add_algorithm_args(parser):
     parser.add_argument('--psi', '--Lambda', type=float, default=-1.0,
-                        help='shift of the weights: a higher one makes them more equal, inf all 1')
+                        help='shift of the weights: a higher one makes them more equal')
     parser.add_argument('--begin-epoch', type=int, metavar='N',
                         help='the first epoch with weights (default: half of --epochs)')
 
@@ -197,16 +198,18 @@ def parse_args(argv):
             all(v > 0 for v in (args.epochs, args.num_steps, args.batch_size, args.lr, args.tau)),
         '--seed and --awp-gamma must not be negative': args.seed >= 0 and args.awp_gamma >= 0,
         '--awp-warmup must be below --epochs': not args.awp_gamma or args.awp_warmup < args.epochs,
-        '--begin-epoch exceeds --epochs': (vars(args).get('begin_epoch') or 1) <= args.epochs,
+        '--begin-epoch must not exceed --epochs':
+            (vars(args).get('begin_epoch') or 1) <= args.epochs,
         '--ema must lie between 0 and 1': args.ema is None or 0 < args.ema < 1,
-        '--extra-fraction must leave each batch images of both kinds': not args.extra_data
+        '--extra-fraction must leave original and extra images in each batch': not args.extra_data
             or 0.5 < args.extra_fraction * args.batch_size < args.batch_size - 0.5,
         '--tau needs --entropy-weight': args.entropy_weight or args.tau == 1,
         '--lr-milestones needs --lr-schedule multistep':
             args.lr_schedule == 'multistep' or known.lr_milestones is None,
         '--resume excludes --init-from and --model-dir':
             not saved or not (known.init_from or known.model_dir),
-        '--arch names code: give it again': not saved or ':' not in args.arch or known.arch,
+        '--arch names code to run: give it again to confirm':
+            not saved or ':' not in args.arch or known.arch,
     }.items():
         if not holds:
             raise ValueError(message)
@@ -324,12 +327,14 @@ def main(argv):
                      num_classes=num_classes, device=device.type, processes=world,
                      images=data.checksum(images, labels, *held_out), torch=str(torch.__version__))
         before, now = saved.get('args', {}) | saved, vars(args) | about
-        compared = before.keys() & now.keys() - {'args', 'resume', 'model_dir'}
+        compared = before.keys() & now.keys() - {'args', 'resume', 'model_dir', 'no_cuda'}
         changed = {k: f'{k} {before[k]} -> {now[k]}' for k in compared if before[k] != now[k]}
         state = dict(epoch=0, step=0, total=0.0, log=[], seconds=0.0) | saved
         if changed.keys() & {'batch_size', 'images'}:  # the steps done were other batches
             state |= dict(step=0, total=0.0)
-        epoch, step, log = state['epoch'], state['step'], state['log']
+        epoch, step = state['epoch'], state['step']
+        log = [{k: row.get(f'ema_{k}', v) for k, v in row.items() if not k.startswith('ema_')}
+               for row in state['log']]  # runs of earlier versions tested both networks
         total = torch.tensor(state['total'], dtype=torch.float64, device=device)  # summed loss
         began = time.monotonic() - state['seconds']
         if saved:
