@@ -57,11 +57,8 @@ def table(title, header, rows):
 
 
 def differences(runs):
-    """EW minus control and EW minus plain for each experiment and method, over common seeds.
-
-    If EW runs have collapsed to chance, once more without them. In the figure, the band marks gains
-    smaller than the paper's smallest.
-    """
+    """EW minus control and EW minus plain for each experiment and method, over common seeds; if EW
+    runs have collapsed to chance, once more without them."""
     rows = []
     for e, m in dict.fromkeys((e, m[3:]) for e, m, _ in runs if m[3:] in COLORS):
         for name, other in (('control', f'{m}, tau inf'), ('plain', m),
@@ -95,10 +92,8 @@ def differences(runs):
 
 
 def dose_response(runs):
-    """The slope of the worst case against the dose, for five seeds of EW-AT on CIFAR-10.
-
-    A seed's runs are from one type of CPU: tau = 1 and inf of seeds 1 and 2 were trained again.
-    """
+    """The slope of the worst case against the dose, for five seeds of EW-AT on CIFAR-10, each on
+    one type of CPU: for this, tau = 1 and inf of seeds 1 and 2 were trained again."""
     taus = {'0.1': '', '0.25': '', '0.5': '', '1': 'EW-AT', 'inf': 'AT, tau inf'}
     slopes, rows = [], []
     fig, ax = plt.subplots(figsize=(3.5, 2.5), layout='constrained')
@@ -114,18 +109,15 @@ def dose_response(runs):
     table(f'Dose and response, EW-AT on CIFAR-10: slope {mean:+.2f} ± {half:.2f} per unit of dose',
           ['seed', *(f'tau {tau}: dose, worst case' for tau in taus), 'slope'], rows)
     ax.axhspan(-PAPER_GAIN, PAPER_GAIN, color='0.9')
-    ax.set(xlabel='dose: standard deviation of w', ylabel='worst case minus control (points)',
-           ylim=(-1, 1))
+    ax.set(xlabel='dose: standard deviation of w', ylabel='points above the control', ylim=(-1, 1))
     ax.legend()
     return fig
 
 
 def premise(runs):
-    """AUC: how well each measure of an example predicts that it withstands the worst case.
-
-    It is computed on the correctly classified examples and on those of them that withstand PGD-20
-    (survivors). On the former, the sign of the margin of f(x_adv) tells whether PGD-20 succeeds.
-    """
+    """AUC: how well each measure of an example predicts that it withstands the worst case, among
+    the correctly classified examples and among those of them that withstand PGD-20 (survivors). On
+    the former, the sign of the margin of f(x_adv) tells whether PGD-20 succeeds."""
     rows, groups = [], ('correctly classified', 'PGD-20 survivors')
     for (experiment, method, seed), run in runs.items():
         if method in COLORS and ('clean', 'entropy') in run and seed == 1:
@@ -151,8 +143,8 @@ def premise(runs):
 
 if __name__ == '__main__':
     outcomes = load()
-    for name, analyze in (('differences', differences), ('cifar10/dose_response', dose_response),
-                          ('cifar10/auc', premise)):
+    for name, analyze in {'differences': differences, 'cifar10/dose_response': dose_response,
+                          'cifar10/auc': premise}.items():
         fig = analyze(outcomes)
         for kind in [] if '--no-figures' in sys.argv else ['png', 'pdf']:
             fig.savefig(HERE / f'{name}.{kind}', dpi=200)
